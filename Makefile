@@ -1,0 +1,52 @@
+# make demo   set up what the demo needs and compare methods on the bundled model
+# make test   set up for development and run the tests
+# make lint   check style, types and the direction of imports
+# make venv   set up for development only
+# make clean  remove caches and build outputs
+#
+# Variables: PYTHON (3.11 or newer), PIP_ARGS (for example an index with CPU-only builds of torch,
+# which saves gigabytes on Linux), DEMO (the demo's command).
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DEMO ?= compare --demo
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: demo test lint venv clean
+
+demo: .venv/.run
+	$(BIN)/tokenry $(DEMO)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+venv: .venv/.dev
+
+# Stamps: a change of the dependencies installs again.
+.venv/.run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Tokenry and what it runs on into .venv (torch is large: this can take some minutes) ..."
+	@$(PIP) -e '.[report]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Tokenry and its development tools into .venv (torch is large: this can take some minutes) ..."
+	@$(PIP) -e '.[report,dev]'
+	@touch $@ .venv/.run
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Tokenry needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "Creating .venv ..."
+	@$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""Train the bundled pair ``tokenry/code`` and ``tokenry/code-draft``.
+
+    python recipes/code.py corpus     # fetch the pinned packages, tokenizer, token blocks
+    python recipes/code.py train code
+    python recipes/code.py train code-draft
+    python recipes/code.py export     # write src/tokenry/models/bundled/
+
+Every step picks up where it was stopped. Work files lie below --work (default: .recipe).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+VOCABULARY = 4096
+CONTEXT = 2048
+BLOCK = 8192
+LENGTHS = (512, 512, 512, 2048)
+SHAPES = {
+    "code": {"hidden": 384, "layers": 6, "mlp": 1024, "heads": 6, "kv_heads": 2},
+    "code-draft": {"hidden": 128, "layers": 3, "mlp": 352, "heads": 4, "kv_heads": 2},
+}
+
+
+def corpus(work: Path, blocks: int) -> None:
+    from tokenry.training.corpus import source_files, train_tokenizer, write_blocks
+
+    packages = work / "packages"
+    if not packages.is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
+        subprocess.run([*command, "-r", str(HERE / "corpus.txt")], check=True)
+    texts, counts = source_files([Path(sysconfig.get_path("stdlib")), packages])
+    print(
+        f"{sum(map(len, texts)) / 1e6:.1f} million characters;",
+        ", ".join(f"{v} {k}" for k, v in counts.items()),
+    )
+    (work / "corpus.json").write_text(json.dumps(counts))
+    folder = work / "tokenizer"
+    if (folder / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        tokenizer = train_tokenizer(texts[::4], folder, vocabulary=VOCABULARY, context=CONTEXT)
+    write_blocks(texts, tokenizer, work, blocks=blocks, size=BLOCK, lengths=LENGTHS, seed=0)
+
+
+def build(name: str):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = SHAPES[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape["hidden"],
+        num_hidden_layers=shape["layers"],
+        intermediate_size=shape["mlp"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(work: Path, name: str, steps: int, lr: float) -> None:
+    from tokenry.training.pretrain import pretrain
+
+    model = pretrain(build(name), work / "blocks.npy", work / name, lengths=LENGTHS, steps=steps, lr=lr)
+    model.save_pretrained(work / name / "final")
+
+
+def export(work: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import tokenry
+
+    target = Path(tokenry.__file__).parent / "models" / "bundled"
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    for name in SHAPES:
+        folder = work / name / "final"
+        if folder.is_dir():
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target / name)
+            tokenizer.save_pretrained(target / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("corpus", "train", "export"))
+    parser.add_argument("name", nargs="?", choices=tuple(SHAPES), default="code")
+    parser.add_argument("--work", type=Path, default=Path(".recipe"))
+    parser.add_argument("--steps", type=int, default=3600, help="optimizer steps of 8,192 tokens")
+    parser.add_argument("--blocks", type=int, default=4000, help="token blocks written by the corpus step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.step == "corpus":
+        corpus(options.work, options.blocks)
+    elif options.step == "train":
+        train(options.work, options.name, options.steps, options.lr)
+    else:
+        export(options.work)
+
+
+if __name__ == "__main__":
+    main()

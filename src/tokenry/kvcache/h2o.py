@@ -1,0 +1,59 @@
+"""H2O: the newest tokens and the heavy hitters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .engine import AttentionRows, CachePolicy, TokenLayer, age_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(CachePolicy):
+    """Keep the newest tokens and those that collected the most attention (arXiv 2306.14048, section 4).
+
+    Each slot's score is the sum of the attention probabilities it received from all queries so far, and from all
+    query heads of its KV head, in float32.
+
+    Args:
+        budget: Slots a layer and KV head after every forward, the newest included.
+        recent: Share of the budget that the newest tokens hold (the paper's runs: half).
+        normalise: ``"count"`` divides a score by the number of queries that could see the slot, which takes away the
+            advantage of early tokens; not in the paper.
+        decay: Factor of all scores at each new token; 1 in the paper.
+    """
+
+    needs_attention: ClassVar[bool] = True
+
+    recent: float = 0.5
+    normalise: Literal["none", "count"] = "none"
+    decay: float = 1.0
+
+    def validate(self) -> None:
+        self.check("recent", "between 0 and 1", 0 <= self.recent <= 1)
+        self.check("decay", "above 0 and at most 1", 0 < self.decay <= 1)
+        super().validate()
+
+    def protected(self) -> int:
+        return min(math.floor(self.recent * self.budget), self.budget - 1) if self.recent < 1 else self.budget - 1
+
+    def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
+        return {"mass": torch.zeros(positions.shape[0], heads, positions.shape[1], device=positions.device)}
+
+    def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
+        if self.decay == 1:
+            layer.state["mass"] = layer.state["mass"] + rows.column_sums()
+            return
+        age = torch.arange(rows.count - 1, -1, -1, device=layer.device)
+        layer.state["mass"] = layer.state["mass"] * self.decay**rows.count + rows.column_sums(self.decay**age)
+
+    def score(self, layer: TokenLayer) -> Tensor:
+        mass = layer.state["mass"]
+        if self.normalise == "count":
+            _, positions = layer.slots.materialise(layer.cache.batch, layer.device)
+            mass = mass / (layer.cache.seen_after[:, None, None] - positions).clamp(min=1)
+        return mass.masked_fill(age_first(layer, self.protected()), float("inf"))

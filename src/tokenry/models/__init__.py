@@ -1,0 +1,20 @@
+"""What does a model look like from outside? Loading, anatomy, the one cache, the one attention function.
+
+load        bundled names, folders, hub ids
+anatomy     layers, attention, embeddings, head, rotary of any decoder
+cache       keys, values, positions, validity and policy state, moved together
+attention   the function every layer calls inside a block, and the block
+"""
+
+from .anatomy import Anatomy, anatomy, context_length
+from .attention import active_policy, attach, attached, detach, policy_block
+from .cache import Policy, TokenCache, TokenLayer
+from .load import bundled, load, path, resource, weights_hash
+from .slots import Block, Slots
+from .statistics import AttentionRows
+
+__all__ = [
+    "Anatomy", "AttentionRows", "Block", "Policy", "Slots", "TokenCache", "TokenLayer", "active_policy", "anatomy",
+    "attach", "attached", "bundled", "context_length", "detach", "load", "path", "policy_block", "resource",
+    "weights_hash",
+]  # fmt: skip

@@ -1,0 +1,325 @@
+"""The one attention function, and how a model is switched to it and back.
+
+A model inside :func:`attached` calls :func:`attention` in every layer. Forwards that fill a :class:`TokenCache` get
+masks built per layer from what the cache knows; any other forward of the model runs as if nothing had changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..errors import CacheMisuse, UnsupportedModel
+from . import compat
+from .anatomy import check_decoder
+from .cache import Policy, TokenCache, current, set_current
+from .statistics import AttentionRows
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer over the slots of a :class:`TokenCache`, in the form transformers asks of its registry.
+
+    Args:
+        query: ``[batch, heads, new, head_dim]``.
+        key: ``[batch, kv_heads, slots, head_dim]``, as the cache returned it.
+        value: likewise.
+        attention_mask: What :func:`mask` passed on; tells which new tokens are real.
+
+    Returns:
+        Output ``[batch, new, heads, head_dim]`` and None.
+    """
+    layer = getattr(key, "_tokenry_layer", None)
+    cache = current()
+    if layer is None or cache is None or layer._cache() is not cache:
+        original = _original(module)
+        return original(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+            **({} if softcap is None else {"softcap": softcap}), **kwargs,
+        )  # fmt: skip
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise UnsupportedModel("models with attention sinks or additive position biases are not served")
+    block = cache.block(query.shape[2], attention_mask, query.device)
+    allowed, causal = layer.mask(block)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None:
+        output = _fused(query, key, value, allowed, causal, scaling)
+    else:
+        output = _capped(query, key, value, allowed, causal, scaling, softcap)
+    if layer.policy is not None:
+        rows = AttentionRows(query, key, allowed, causal, scaling, softcap, block.valid)
+        layer.attended(block, rows)
+    _thread.calls = getattr(_thread, "calls", 0) + 1
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool, scaling: float) -> Tensor:
+    batch, heads, new, dim = query.shape
+    groups = heads // key.shape[1]
+    if groups == 1 or (allowed is None and causal):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+        )
+    # The query heads of a group attend to the same keys: as further rows of one head they need no repeated keys.
+    packed = query.reshape(batch, heads // groups, groups * new, dim)
+    if allowed is not None and new > 1:
+        allowed = allowed.repeat(1, 1, groups, 1)
+    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=allowed, scale=scaling)
+    return output.view(batch, heads, new, dim)
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """Attention with bounded logits, which no fused kernel of torch offers."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scaling / softcap) * softcap
+    if allowed is None and causal:
+        allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if allowed is not None:
+        if allowed.ndim == 4 and allowed.shape[1] > 1:
+            allowed = allowed.repeat_interleave(groups, 1)
+        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.matmul(logits.softmax(-1, dtype=wide).to(value.dtype), value)
+
+
+def mask(*, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """The mask function beside :func:`attention`: hands on the 2-D mask, from which the cache reads what is real."""
+    if current() is not None:
+        return attention_mask
+    attachment = _by_config.get(id(config))
+    original = compat.mask_function(attachment.original if attachment else "sdpa") or compat.mask_function("sdpa")
+    assert original is not None
+    return original(attention_mask=attention_mask, config=config, **kwargs)
+
+
+compat.register(attention, mask)
+
+_thread = threading.local()
+_lock = threading.RLock()
+_attachments: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.WeakKeyDictionary()
+_by_config: dict[int, _Attachment] = {}
+_probed: weakref.WeakKeyDictionary[PreTrainedModel, str | None] = weakref.WeakKeyDictionary()
+_policy: ContextVar[tuple[weakref.ref[PreTrainedModel], Policy] | None] = ContextVar("tokenry_policy", default=None)
+
+
+class _Attachment:
+    """One model's switch to the attention function, undone when its last user leaves."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.count = 0
+        self.original = compat.implementation(model)
+        self.configs = [id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)]
+        # The decoder below the head is called alone at times, and some heads call past it: both carry the hooks, and
+        # whichever leaves first closes the forward.
+        self.hooks = [
+            hook
+            for module in dict.fromkeys((model, model.base_model))
+            for hook in (
+                module.register_forward_pre_hook(_before, with_kwargs=True),
+                module.register_forward_hook(_after, always_call=True),
+            )
+        ]
+        model.set_attn_implementation(compat.NAME)
+        for config in self.configs:
+            _by_config[config] = self
+
+    def undo(self, model: PreTrainedModel) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        model.set_attn_implementation(self.original)
+        for config in self.configs:
+            _by_config.pop(config, None)
+
+
+def _original(module: torch.nn.Module) -> Callable[..., Any]:
+    """The attention function the model ran on before; eager attention is a function of the model's own file."""
+    attachment = _by_config.get(id(getattr(module, "config", None)))
+    name = attachment.original if attachment else "sdpa"
+    function = compat.attention_function(name)
+    if function is not None:
+        return function
+    import sys
+
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _before(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given: Cache | None = kwargs.get("past_key_values")
+    active = _policy.get()
+    if active is not None and not isinstance(given, TokenCache):
+        model = active[0]()
+        if model is not None and module in (model, model.base_model):
+            kwargs = {
+                **kwargs,
+                "past_key_values": _budgeted(model, active[1], given, kwargs.get("use_cache")),
+            }
+            given = kwargs["past_key_values"]
+    set_current(given if isinstance(given, TokenCache) else None)
+    return args, kwargs
+
+
+def _budgeted(model: PreTrainedModel, policy: Policy, given: Cache | None, use_cache: bool | None) -> TokenCache:
+    name = str(policy)
+    if use_cache is False:
+        raise CacheMisuse(
+            f"{name} keeps a cache, and this forward asks for none: drop use_cache=False or leave the block"
+        )
+    if given is not None and type(given) is not DynamicCache:
+        raise CacheMisuse(f"{name} cannot stand in for a {type(given).__name__}: use the default cache implementation")
+    if given is not None and given.get_seq_length() > 0:
+        raise CacheMisuse(
+            f"a cache that already holds {given.get_seq_length()} tokens came into the block of {name}: start from the "
+            "whole prompt inside the block"
+        )
+    return TokenCache(model, policy)
+
+
+def _after(module: torch.nn.Module, args: Any, output: Any) -> None:
+    cache = current()
+    set_current(None)
+    if cache is None:
+        return
+    if output is None:
+        cache.abandon()
+    else:
+        cache.finish()
+
+
+@contextlib.contextmanager
+def attached(model: PreTrainedModel) -> Iterator[None]:
+    """Run ``model`` on the one attention function inside the block; blocks may nest and run in several threads.
+
+    Raises:
+        UnsupportedModel: The model is not a decoder that the cache serves, its code ignores the switch, or its
+            outputs inside the block differ from those outside (tried once on four tokens, as a chain and as a tree).
+    """
+    attach(model)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Enter what :func:`attached` leaves; every call needs a :func:`detach`."""
+    check_decoder(model)
+    with _lock:
+        attachment = _attachments.get(model)
+        if attachment is None:
+            _check(model)
+            attachment = _attachments[model] = _Attachment(model)
+        attachment.count += 1
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Leave what :func:`attach` entered; the last one to leave restores the model's own setting."""
+    with _lock:
+        attachment = _attachments[model]
+        attachment.count -= 1
+        if attachment.count == 0:
+            _attachments.pop(model).undo(model)
+
+
+@contextlib.contextmanager
+def policy_block(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
+    """Every forward of ``model`` in this thread fills a cache that ``policy`` keeps.
+
+    Raises:
+        CacheMisuse: Another policy is active in this thread.
+    """
+    if _policy.get() is not None:
+        raise CacheMisuse("cache policies do not nest: leave the block of the first before entering another")
+    with attached(model):
+        token = _policy.set((weakref.ref(model), policy))
+        try:
+            yield model
+        finally:
+            _policy.reset(token)
+
+
+def active_policy(model: PreTrainedModel) -> Policy | None:
+    """The policy of the block that this thread is in, if it is a block of ``model``."""
+    active = _policy.get()
+    return active[1] if active is not None and active[0]() is model else None
+
+
+def _check(model: PreTrainedModel) -> None:
+    """Refuse a model that does not run right on the attention function; the verdict is remembered."""
+    if model not in _probed:
+        _probed[model] = _probe(model)
+    verdict = _probed[model]
+    if verdict is not None:
+        raise UnsupportedModel(f"{type(model).__name__} {verdict}")
+
+
+def _probe(model: PreTrainedModel) -> str | None:
+    """What is wrong with the model inside a block, or None."""
+    if not compat.can_switch(model):
+        return "does not take its attention from transformers' registry, so it cannot be switched to Tokenry's"
+    device = model.device
+    tokens = torch.tensor([[3, 5, 7, 11]], device=device) % model.config.get_text_config(decoder=True).vocab_size
+    training = model.training
+    model.eval()
+    attachment = None
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            wanted = model(tokens, use_cache=False).logits[0].double()
+            branch = model(tokens[:, [0, 1, 3]], use_cache=False).logits[0, -1].double()
+            attachment = _Attachment(model)
+            if compat.implementation(model) != compat.NAME:
+                return "ignores the switch of its attention"
+            cache = TokenCache(model)
+            _thread.calls = 0
+            first = model(tokens[:, :2], past_key_values=cache, use_cache=True).logits[0].double()
+            if _thread.calls != len(cache.layers) or cache.total != 2:
+                return f"calls Tokenry's attention in {_thread.calls} of {len(cache.layers)} layers"
+            # Two siblings behind the second token: both stand at position 2, and neither sees the other.
+            relation = torch.eye(2, dtype=torch.bool, device=device)[None]
+            cache.stage(relation=relation, deferred=True)
+            positions = torch.tensor([[2, 2]], device=device)
+            second = (
+                model(tokens[:, 2:], past_key_values=cache, position_ids=positions, use_cache=True).logits[0].double()
+            )
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"fails on Tokenry's attention ({type(error).__name__}: {error})"
+    finally:
+        set_current(None)
+        if attachment is not None:
+            attachment.undo(model)
+        model.train(training)
+    got = torch.cat([first, second])
+    expected = torch.cat([wanted[:3], branch[None]])
+    # Some models take their softmax in float32 whatever they run in.
+    noise = {torch.float64: 1e-5, torch.float32: 1e-3}.get(model.dtype, 0.1) * max(1.0, float(expected.abs().max()))
+    if not bool(torch.isfinite(got).all()) or float((got - expected).abs().max()) > noise:
+        return "gives other outputs on Tokenry's attention than on its own (an attention bias of its own, perhaps)"
+    return None

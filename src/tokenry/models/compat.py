@@ -1,0 +1,43 @@
+"""The private corners of transformers that Tokenry stands on, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+
+NAME = "tokenry"
+"""Name under which the attention function stands in both registries of transformers."""
+
+
+def register(attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Register the attention function and its mask function; a name missing in either would drop the mask silently."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def attention_function(name: str) -> Callable[..., Any] | None:
+    """The attention function registered under ``name``; eager attention is each model's own and is not registered."""
+    return AttentionInterface._global_mapping.get(name)
+
+
+def mask_function(name: str) -> Callable[..., Any] | None:
+    """The mask function registered under ``name``."""
+    return AttentionMaskInterface._global_mapping.get(name)  # type: ignore[return-value]
+
+
+def implementation(model: PreTrainedModel) -> str:
+    """The attention implementation the model runs on at present."""
+    return model.config._attn_implementation or "eager"
+
+
+def can_switch(model: PreTrainedModel) -> bool:
+    """Whether the model's code asks the registry for its attention; others ignore a switch with only a warning."""
+    return bool(model._can_set_attn_implementation())
+
+
+def dynamic_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of a dense ``DynamicCache``, each ``[batch, kv_heads, length, head_dim]``."""
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]

@@ -1,0 +1,207 @@
+"""Token blocks for pretraining: sources found, held-out text kept away, documents formed and packed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from ..workloads import WORKLOADS, held_out_files, is_held_out
+
+SHARED_LINES = 13
+"""A file that shares this many consecutive lines with a held-out file is dropped."""
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<mask>", "<fim-prefix>", "<fim-middle>", "<fim-suffix>")
+UNUSED = tuple(f"<unused-{index}>" for index in range(32))
+# Letters with one leading mark or space, single digits, runs of symbols, and line ends with the indentation that
+# follows: in source code the indentation belongs to the line break.
+PATTERN = r"[^\r\n\p{L}\p{N}_]?[\p{L}_]+|\p{N}| ?[^\s\p{L}\p{N}_]+|\s*\n[ \t]*|\s+"
+
+
+def _windows(text: str) -> set[bytes]:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    blocks = ("\n".join(lines[start : start + SHARED_LINES]) for start in range(len(lines) - SHARED_LINES + 1))
+    return {hashlib.blake2b(block.encode(), digest_size=8).digest() for block in blocks}
+
+
+def source_files(roots: list[Path], held_out: list[Path] | None = None) -> tuple[list[str], dict[str, int]]:
+    """The texts of all Python files below ``roots`` that a model may be trained on, and how many were left out.
+
+    Files of held-out packages, files that share :data:`SHARED_LINES` consecutive lines with one, duplicates,
+    files over 200,000 characters and files that are not UTF-8 are left out.
+
+    Args:
+        roots: Folders, searched in order; files below each come in sorted order.
+        held_out: Files whose text must not be trained on; by default those of the installed held-out packages.
+    """
+    forbidden: set[bytes] = set()
+    for path in held_out_files() if held_out is None else held_out:
+        forbidden |= _windows(path.read_text(encoding="utf-8", errors="ignore"))
+    texts: list[str] = []
+    seen: set[bytes] = set()
+    counts = {"kept": 0, "held out": 0, "shares lines": 0, "duplicate": 0, "too long": 0, "not UTF-8": 0}
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            if "site-packages" in relative.parts:
+                continue
+            if is_held_out(relative):
+                counts["held out"] += 1
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                counts["not UTF-8"] += 1
+                continue
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            reason = (
+                "duplicate" if digest in seen or not text.strip()
+                else "too long" if len(text) > 200_000
+                else "shares lines" if not forbidden.isdisjoint(_windows(text))
+                else "kept"
+            )  # fmt: skip
+            seen.add(digest)
+            counts[reason] += 1
+            if reason == "kept":
+                texts.append(text)
+    return texts, counts
+
+
+def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context: int) -> Any:
+    """Train a byte-level BPE tokenizer with the special ids of the design and save it to ``folder``."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*SPECIAL, *UNUSED],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        mask_token="<mask>",
+        extra_special_tokens=list(SPECIAL[4:]),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=context,
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+class Documents:
+    """Encoded documents: code (half of it in fill-in-the-middle form) and the workloads' training examples."""
+
+    def __init__(self, texts: list[str], tokenizer: Any, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.rng = random.Random(seed)
+        self.texts = list(texts)
+        self.rng.shuffle(self.texts)
+        self.id = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+        self.examples = {name: WORKLOADS[name](seed, "train") for name in ("arithmetic", "edit")}
+        self.recall = {
+            length: WORKLOADS["recall"](seed + length, "train", length=length, keys=keys)
+            for length, keys in ((600, 3), (1100, 6), (3000, 8), (5400, 12))
+        }
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def code(self) -> Iterator[list[int]]:
+        """Code documents, again and again in the same order, half of them cut at two characters for infilling."""
+        for text in itertools.cycle(self.texts):
+            # A long file is taken in pieces, so that one file does not fill several rows of a batch.
+            for start in range(0, len(text), 12_000):
+                piece = text[start : start + 12_000]
+                if len(piece) > 20 and self.rng.random() < 0.5:
+                    left, right = sorted(self.rng.sample(range(len(piece) + 1), 2))
+                    parts = [
+                        [self.id["<fim-prefix>"], *self.encode(piece[:left])],
+                        [self.id["<fim-suffix>"], *self.encode(piece[right:])],
+                        [self.id["<fim-middle>"], *self.encode(piece[left:right])],
+                    ]
+                    body = [token for part in parts for token in part]
+                else:
+                    body = self.encode(piece)
+                yield [self.id["<bos>"], *body, self.id["<eos>"]]
+
+    def example(self, stream: Iterator[Any]) -> list[int]:
+        item = next(stream)
+        # Prompt and answer are encoded apart, as they are when the prompt alone is given to the model.
+        ids = [*self.encode(item.prompt), *self.encode(item.answer)]
+        return [self.id["<bos>"], *ids, self.id["<eos>"]]
+
+    def rows(self, length: int) -> Iterator[list[int]]:
+        """Rows of ``length`` tokens; a share of them begin with workload examples, code fills the rest."""
+        code = self.code()
+        carry: list[int] = []
+        recall = [self.recall[600], self.recall[1100]] if length < 1024 else [self.recall[3000], self.recall[5400]]
+        while True:
+            row: list[int] = []
+            draw = self.rng.random()
+            if draw < 0.15:
+                row += self.example(self.rng.choice(recall))
+            elif draw < 0.35:
+                row += self.example(self.examples["edit"])
+                while length > 1024 and len(row) < 600:
+                    row += self.example(self.examples["edit"])
+            elif draw < 0.47:
+                while len(row) < 250:
+                    row += self.example(self.examples["arithmetic"])
+            while len(row) + len(carry) < length:
+                row += carry
+                carry = next(code)
+            room = max(length - len(row), 0)
+            row, carry = (row + carry[:room])[:length], carry[room:]
+            yield row
+
+
+def write_blocks(
+    texts: list[str],
+    tokenizer: Any,
+    folder: Path,
+    *,
+    blocks: int,
+    size: int,
+    lengths: tuple[int, ...],
+    seed: int,
+) -> Path:
+    """Write ``blocks`` blocks of ``size`` tokens to ``folder/blocks.npy`` (uint16) unless they are there.
+
+    Block ``i`` holds rows of ``lengths[i % len(lengths)]`` tokens, so long and short rows take turns at any number
+    of steps.
+    """
+    path = folder / "blocks.npy"
+    plan = {"blocks": blocks, "size": size, "lengths": list(lengths), "seed": seed, "texts": len(texts)}
+    note = folder / "blocks.json"
+    if note.is_file() and json.loads(note.read_text()) == plan:
+        return path
+    documents = Documents(texts, tokenizer, seed)
+    rows = {length: documents.rows(length) for length in set(lengths)}
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(blocks, size))
+    with Progress(transient=True) as progress:
+        for index in progress.track(range(blocks), description="packing tokens"):
+            length = lengths[index % len(lengths)]
+            array[index] = np.concatenate([next(rows[length]) for _ in range(size // length)])
+    array.flush()
+    note.write_text(json.dumps(plan))
+    return path

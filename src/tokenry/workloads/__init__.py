@@ -1,0 +1,45 @@
+"""What is a model asked to do? Pure generators of examples, the same for a seed and split everywhere.
+
+code        complete a function of a held-out package
+recall      the value of a key from a long context
+arithmetic  worked steps with a checkable answer
+edit        repeat a function with one name changed
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import BadParameter
+from . import arithmetic, code, edit, jsonl, recall
+from .engine import END, HELD_OUT, Example, functions, held_out_files, is_held_out, library_files
+
+WORKLOADS: dict[str, Callable[..., Iterator[Example]]] = {
+    "code": code.generate,
+    "recall": recall.generate,
+    "arithmetic": arithmetic.generate,
+    "edit": edit.generate,
+}
+
+__all__ = [
+    "END", "HELD_OUT", "WORKLOADS", "Example", "examples", "functions", "held_out_files", "is_held_out",
+    "library_files",
+]  # fmt: skip
+
+
+def examples(name: str, count: int, *, seed: int = 0, split: str = "test", **options: object) -> list[Example]:
+    """The first ``count`` examples of a workload, or of a JSONL file when ``name`` ends in ``.jsonl``.
+
+    Raises:
+        BadParameter: The workload is not known, or the split is neither ``"train"`` nor ``"test"``.
+        BadPrompt: The file is missing or malformed.
+    """
+    if name.endswith((".jsonl", ".json")) or Path(name).is_file():
+        return list(itertools.islice(jsonl.read(name), count))
+    if name not in WORKLOADS:
+        raise BadParameter(f"no workload {name!r}: choose one of {', '.join(WORKLOADS)}, or name a .jsonl file")
+    if split not in ("train", "test"):
+        raise BadParameter(f"split={split!r}: choose 'train' or 'test'")
+    return list(itertools.islice(WORKLOADS[name](seed, split, **options), count))

@@ -1,0 +1,74 @@
+"""Recall: the value of one key, planted in a long context, asked for at the end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from .engine import Example, functions, seeded
+
+_SYLLABLES = (
+    "ba",
+    "co",
+    "du",
+    "fe",
+    "gi",
+    "ho",
+    "ka",
+    "lu",
+    "me",
+    "ni",
+    "po",
+    "ra",
+    "so",
+    "ti",
+    "vu",
+    "we",
+    "xa",
+    "yo",
+    "zi",
+)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def _key(rng: random.Random) -> str:
+    return "KEY_" + "".join(rng.choice(_SYLLABLES) for _ in range(3)).upper()
+
+
+def generate(
+    seed: int, split: str, *, length: int = 5400, keys: int = 8, depth: float | None = None
+) -> Iterator[Example]:
+    """Yield contexts of about ``length`` characters in which ``keys`` constants are planted.
+
+    Args:
+        seed: Seed of the stream.
+        split: ``"train"`` or ``"test"``.
+        length: Length of the context in characters (about 3.3 a token for the bundled tokenizer).
+        keys: Number of planted constants, one of which is asked for.
+        depth: Share of the context that precedes the wanted constant; by default the depths take turns.
+    """
+    rng = seeded("recall", seed, split)
+    pool = functions(split)
+    index = 0
+    while True:
+        wanted = depth if depth is not None else DEPTHS[index % len(DEPTHS)]
+        index += 1
+        names = list(dict.fromkeys(_key(rng) for _ in range(keys)))
+        values = {name: "".join(rng.choice("0123456789") for _ in range(6)) for name in names}
+        places = [wanted] + [rng.random() for _ in names[1:]]
+        blocks: list[str] = []
+        size = 0
+        while size < length:
+            block = rng.choice(pool)[: max(40, length - size)]
+            blocks.append(block)
+            size += len(block) + 2
+        lines = "\n\n".join(blocks)[:length].split("\n")
+        for name, place in sorted(zip(names, places, strict=True), key=lambda pair: -pair[1]):
+            lines.insert(int(place * len(lines)), f'{name} = "{values[name]}"')
+        prompt = "\n".join(lines) + f'\n\n# recall {names[0]}\n{names[0]} = "'
+        answer = values[names[0]] + '"\n'
+        yield Example(prompt, answer, _check(values[names[0]]), {"depth": wanted, "length": length})
+
+
+def _check(value: str) -> Callable[[str], float]:
+    return lambda output: float(output[: len(value)] == value)

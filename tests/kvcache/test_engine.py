@@ -1,0 +1,237 @@
+"""The engine of the evict kind: budgets, masks, batches, restoration. Every policy here runs through the same tests."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from tests import tiny
+from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse, UnsupportedModel
+from tokenry.kvcache import H2O, Random, Sinks
+from tokenry.models import AttentionRows, TokenCache
+
+POLICIES = (H2O, Sinks, Random)
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+@pytest.mark.parametrize("kind", [k for k in tiny.SERVED if k != "mistral"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_budget_above_the_length_equals_the_plain_model(policy, kind):
+    model = tiny.model(kind)
+    inputs = tiny.prompts((40, 29))
+    for options in (GREEDY, GREEDY | {"num_beams": 3}, GREEDY | {"prefill_chunk_size": 16}):
+        wanted = model.generate(**inputs, **options)
+        with policy(budget=64)(model):
+            assert torch.equal(model.generate(**inputs, **options), wanted)
+
+
+@pytest.mark.parametrize("kind", [k for k in tiny.SERVED if k != "mistral"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_row_of_a_padded_batch_equals_the_row_alone(policy, kind):
+    model = tiny.model(kind)
+    for every in (1, 4):
+        with policy(budget=12, compact_every=every)(model):
+            for lengths in ((40, 29), (29, 40), (9, 40)):
+                inputs = tiny.prompts(lengths)
+                both = model.generate(**inputs, **GREEDY)
+                for row, length in enumerate(lengths):
+                    alone = model.generate(inputs["input_ids"][row : row + 1, -length:], **GREEDY)
+                    assert torch.equal(both[row, -24:], alone[0, -24:])
+
+
+@pytest.mark.parametrize("every", (1, 5))
+@pytest.mark.parametrize("budget", (6, 17))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_layer_keeps_its_budget_after_every_forward(policy, budget, every):
+    model = tiny.model()
+    with policy(budget=budget, compact_every=every)(model), torch.no_grad():
+        out = model(tiny.prompts((41,))["input_ids"])
+        cache = out.past_key_values
+        for step in range(2 * budget):
+            assert all(layer.size <= budget + every - 1 for layer in cache.layers)
+            for kept in cache.kept_positions():
+                assert bool((kept.diff(dim=-1) > 0).all()), "positions are sorted and unique"
+                assert bool((kept[..., -1] == 40 + step).all()), "the newest token is held"
+            assert cache.get_seq_length() == 41 + step
+            cache = model(torch.tensor([[5 + step]]), past_key_values=cache).past_key_values
+
+
+def test_positions_count_tokens_seen_not_slots_held():
+    model = tiny.model("gpt2")
+    seen = []
+    model.transformer.wpe.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten().tolist()[-1]))
+    with H2O(budget=8)(model):
+        model.generate(tiny.prompts((30,))["input_ids"], do_sample=False, max_new_tokens=5)
+    assert seen[-5:] == [29, 30, 31, 32, 33]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_physical_eviction_equals_masking(policy):
+    """Dropping slots gives the outputs of a full cache in which the same slots are hidden."""
+    model = tiny.model(dtype=torch.float64)
+    ids = tiny.prompts((30,))["input_ids"]
+    more = torch.randint(3, tiny.VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(1))
+    with policy(budget=9)(model), torch.no_grad():
+        cache = model(ids).past_key_values
+        held = [cache.kept_positions()]
+        logits = []
+        for token in more[0]:
+            out = model(token.view(1, 1), past_key_values=cache)
+            logits.append(out.logits[0, -1])
+            held.append(cache.kept_positions())
+    simulated = _masked(model, torch.cat([ids, more], 1), held, prompt=30)
+    assert torch.allclose(torch.stack(logits), simulated[30:], atol=1e-9)
+    plain = model(torch.cat([ids, more], 1)).logits[0, 30:]
+    assert not torch.allclose(torch.stack(logits), plain, atol=1e-3), "the budget must matter in this test"
+
+
+def _masked(model, ids, held, prompt):
+    """Logits of a dense run in which row t of each layer and head sees only what was held before it, and itself."""
+    length = ids.shape[1]
+    masks = []
+    for layer in range(len(held[0])):
+        heads = held[0][layer].shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(heads, 1, 1)
+        for step, kept in enumerate(held[:-1]):
+            row = prompt + step
+            mask[:, row] = False
+            mask[:, row].scatter_(1, kept[layer][0], True)
+            mask[:, row, row] = True
+        masks.append(mask)
+    from transformers import AttentionInterface
+
+    def masked(module, query, key, value, attention_mask, scaling, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        allowed = masks[module.layer_idx].repeat_interleave(groups, 0)[None]
+        logits = (query @ key.transpose(-1, -2) * scaling).masked_fill(~allowed, float("-inf"))
+        return (logits.softmax(-1) @ value).transpose(1, 2), None
+
+    AttentionInterface.register("simulated", masked)
+    own = model.config._attn_implementation
+    model.set_attn_implementation("simulated")
+    try:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(own)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_column_sums_equal_the_full_matrix(causal):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 700 if causal else 5, 8, generator=generator)
+    key = torch.randn(2, 2, 700, 8, generator=generator)
+    valid = torch.rand(2, query.shape[2], generator=generator) > 0.3
+    rows = AttentionRows(query, key, None, causal, 0.3, valid=valid)
+    logits = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(2, 1)) * 0.3
+    if causal:
+        logits = logits.masked_fill(~torch.ones(700, 700, dtype=torch.bool).tril(), float("-inf"))
+    full = logits.softmax(-1) * valid[:, None, :, None]
+    wanted = full.sum(2).view(2, 2, 2, 700).sum(2)
+    assert torch.allclose(rows.column_sums(), wanted, atol=1e-4)
+    weights = torch.rand(query.shape[2], generator=generator)
+    weighted = (full * weights[:, None]).sum(2).view(2, 2, 2, 700).sum(2)
+    assert torch.allclose(rows.column_sums(weights), weighted, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fork_reorder_and_select_carry_the_state(policy):
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.prompts((40, 33))
+    with policy(budget=10)(model), torch.no_grad():
+        cache = model(**inputs).past_key_values
+        twin = copy.deepcopy(cache)
+        twin.reorder_cache(torch.tensor([1, 0]))
+        token = torch.tensor([[5], [6]])
+        for _ in range(15):
+            mask = torch.ones(2, cache.total + 1, dtype=torch.long)
+            one = model(token, attention_mask=mask, past_key_values=cache, position_ids=cache.seen[:, None])
+            two = model(token.flip(0), attention_mask=mask, past_key_values=twin, position_ids=twin.seen[:, None])
+            assert torch.allclose(one.logits, two.logits.flip(0), atol=1e-9)
+
+
+def test_a_second_turn_goes_on_from_the_kept_tokens():
+    model = tiny.model()
+    ids = tiny.prompts((40,))["input_ids"]
+    with H2O(budget=16)(model), torch.no_grad():
+        first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        turn = torch.cat([first.sequences, tiny.prompts((5,), seed=3)["input_ids"]], 1)
+        second = model.generate(turn, past_key_values=first.past_key_values, **GREEDY, return_dict_in_generate=True)
+    assert second.past_key_values.get_seq_length() == second.sequences.shape[1] - 1
+    assert all(layer.size <= 16 for layer in second.past_key_values.layers)
+
+
+def test_explicit_cache_lives_without_a_block():
+    model = tiny.model()
+    ids = tiny.prompts((40,))["input_ids"]
+    policy = H2O(budget=16)
+    with policy(model):
+        wanted = model.generate(ids, **GREEDY)
+    cache = policy.cache(model)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), wanted)
+    assert cache.length == 16
+    del cache
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_misuse_is_refused_and_the_model_restored():
+    model = tiny.model()
+    ids = tiny.prompts((20,))["input_ids"]
+    policy = H2O(budget=8)
+    with policy(model):
+        out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+    with pytest.raises(CacheMisuse, match="outside its block"):
+        model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=2)
+    filled = model(ids).past_key_values
+    with pytest.raises(CacheMisuse, match="already holds 20 tokens"), policy(model):
+        model.generate(torch.cat([ids, ids], 1), past_key_values=filled, max_new_tokens=2)
+    with pytest.raises(CacheMisuse, match="do not nest"), policy(model), Sinks(budget=8)(model):
+        pass
+    with pytest.raises(CacheMisuse, match="StaticCache"), policy(model):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(CacheMisuse, match="use_cache"), policy(model):
+        model(ids, use_cache=False)
+    with pytest.raises(BadParameter, match="with H2O"):
+        model.generate(ids, custom_generate=policy, max_new_tokens=2)
+    with pytest.raises(UnsupportedModel, match="sliding window"), policy(sliding := tiny.model("mistral")):
+        sliding(ids)
+    assert model.config._attn_implementation == "sdpa"
+    assert not model._forward_pre_hooks and not model.base_model._forward_pre_hooks
+
+
+def test_budgets_below_the_protected_tokens_are_refused():
+    with pytest.raises(BudgetTooSmall, match="at least 5"):
+        Sinks(budget=4)
+    with pytest.raises(BadParameter, match="recent"):
+        H2O(recent=1.5)
+    with pytest.raises(BadParameter, match="compact_every"):
+        H2O(compact_every=0)
+
+
+def test_bytes_stay_flat_while_decoding():
+    model = tiny.model()
+    with H2O(budget=32)(model), torch.no_grad():
+        cache = model(tiny.prompts((100,))["input_ids"]).past_key_values
+        held = cache.nbytes()
+        slot = 2 * 8 * 2 * 3 * 4  # keys and values, head size, KV heads, layers, bytes of a float32
+        assert held == 32 * slot
+        assert cache.peak_nbytes <= 100 * slot // 3 * 3
+        for step in range(40):
+            cache = model(torch.tensor([[3 + step]]), past_key_values=cache).past_key_values
+            assert cache.nbytes() == held
+
+
+def test_crop_before_anything_was_dropped_and_not_after():
+    model = tiny.model()
+    with H2O(budget=32)(model), torch.no_grad():
+        cache = TokenCache(model, H2O(budget=32))
+        model(tiny.prompts((20,))["input_ids"], past_key_values=cache)
+        cache.crop(-3)
+        assert cache.get_seq_length() == 17 and cache.length == 17
+        model(tiny.prompts((40,))["input_ids"], past_key_values=cache)
+        with pytest.raises(CacheMisuse, match="cannot go back"):
+            cache.crop(-1)
