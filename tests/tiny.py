@@ -85,3 +85,17 @@ def prompts(lengths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCABULARY, (len(lengths), longest), generator=generator)
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def tokenizer():
+    """A tokenizer of the tiny models' ids, some of which spell marks, for methods that read text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = [".", ",", "?", "!", ":", ";", ")"]
+    words = ["<pad>", "<bos>", "<eos>", *marks, *(f"w{number}" for number in range(VOCABULARY - 3 - len(marks)))]
+    built = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )

@@ -5,9 +5,9 @@ sinks   the first tokens and the newest (baseline)
 random  the newest tokens and a random sample of the others (baseline)
 """
 
-from .engine import CachePolicy
-from .h2o import H2O
-from .random import Random
-from .sinks import Sinks
+from tokenry.kvcache.engine import CachePolicy
+from tokenry.kvcache.h2o import H2O
+from tokenry.kvcache.random import Random
+from tokenry.kvcache.sinks import Sinks
 
 __all__ = ["H2O", "CachePolicy", "Random", "Sinks"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import BadParameter, BudgetTooSmall, CacheMisuse
-from ..methods import Method
-from ..models import AttentionRows, TokenCache, TokenLayer, attach, detach, policy_block
+from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse
+from tokenry.methods import Method
+from tokenry.models import AttentionRows, TokenCache, TokenLayer, attach, detach, policy_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CachePolicy(Method):
 
     def validate(self) -> None:
         self.check("compact_every", "at least 1", self.compact_every >= 1)
-        least = self.protected() + 1
+        least = max(self.protected(), 0) + 1
         self.check(
             "budget",
             f"at least {least}",

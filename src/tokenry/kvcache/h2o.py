@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .engine import AttentionRows, CachePolicy, TokenLayer, age_first
+from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first
 
 
 @dataclass(frozen=True, kw_only=True)

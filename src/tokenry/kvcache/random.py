@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .engine import CachePolicy, TokenLayer, age_first, scramble
+from tokenry.kvcache.engine import CachePolicy, TokenLayer, age_first, scramble
 
 
 @dataclass(frozen=True, kw_only=True)

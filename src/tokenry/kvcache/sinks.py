@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .engine import CachePolicy, TokenLayer
+from tokenry.kvcache.engine import CachePolicy, TokenLayer
 
 
 @dataclass(frozen=True, kw_only=True)

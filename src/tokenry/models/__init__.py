@@ -6,12 +6,12 @@ cache       keys, values, positions, validity and policy state, moved together
 attention   the function every layer calls inside a block, and the block
 """
 
-from .anatomy import Anatomy, anatomy, context_length
-from .attention import active_policy, attach, attached, detach, policy_block
-from .cache import Policy, TokenCache, TokenLayer
-from .load import bundled, load, path, resource, weights_hash
-from .slots import Block, Slots
-from .statistics import AttentionRows
+from tokenry.models.anatomy import Anatomy, anatomy, context_length
+from tokenry.models.attention import active_policy, attach, attached, detach, policy_block
+from tokenry.models.cache import Policy, TokenCache, TokenLayer
+from tokenry.models.load import bundled, load, path, resource, weights_hash
+from tokenry.models.slots import Block, Slots
+from tokenry.models.statistics import AttentionRows
 
 __all__ = [
     "Anatomy", "AttentionRows", "Block", "Policy", "Slots", "TokenCache", "TokenLayer", "active_policy", "anatomy",

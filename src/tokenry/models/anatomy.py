@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModel
+from tokenry.errors import UnsupportedModel
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 

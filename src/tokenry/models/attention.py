@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..errors import CacheMisuse, UnsupportedModel
-from . import compat
-from .anatomy import check_decoder
-from .cache import Policy, TokenCache, current, set_current
-from .statistics import AttentionRows
+from tokenry.errors import CacheMisuse, UnsupportedModel
+from tokenry.models import compat
+from tokenry.models.anatomy import check_decoder
+from tokenry.models.cache import Policy, TokenCache, current, set_current
+from tokenry.models.statistics import AttentionRows
 
 
 def attention(

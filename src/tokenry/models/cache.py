@@ -20,17 +20,22 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import CacheMisuse, UnsupportedModel
-from . import compat
-from .anatomy import check_decoder, text_config, windows
-from .slots import Block, Slots
-from .statistics import AttentionRows
+from tokenry.errors import CacheMisuse, UnsupportedModel
+from tokenry.models import compat
+from tokenry.models.anatomy import check_decoder, text_config, windows
+from tokenry.models.slots import Block, Slots
+from tokenry.models.statistics import AttentionRows
 
 _GROWTH = 64
 
 
 class Policy(Protocol):
     """What the cache asks of a cache policy (see :class:`tokenry.kvcache.engine.CachePolicy`)."""
+
+    @property
+    def budget(self) -> int:
+        """Slots that a layer and head hold once tokens were dropped."""
+        ...
 
     @property
     def compact_every(self) -> int:
@@ -128,10 +133,7 @@ class TokenLayer(CacheLayerMixin):
         end = self.size + keys.shape[2]
         if end > self._keys.shape[2]:
             room = max(end + _GROWTH, end + end // 8) if self.policy is None else end + self.policy.compact_every
-            self._keys, self._values = (
-                _grown(self._keys, room, self.size),
-                _grown(self._values, room, self.size),
-            )
+            self._keys, self._values = (_grown(tensor, room, self.size) for tensor in (self._keys, self._values))
         self._keys[:, :, self.size : end] = keys
         self._values[:, :, self.size : end] = values
         self.size = end
@@ -176,26 +178,28 @@ class TokenLayer(CacheLayerMixin):
             self.state[name] = torch.cat([self.state[name], new], -1) if name in self.state else new
 
     def _evict(self, always: bool) -> None:
-        assert self.policy is not None
+        """Let the policy drop tokens in the rows that are due, and close the gaps where slots ran over its bound."""
+        policy = self.policy
+        assert policy is not None
         due = None
-        if not always and self.policy.compact_every > 1:
-            due = self.cache.seen_after % self.policy.compact_every == 0
-            if not bool(due.any()):
+        if not always and policy.compact_every > 1:
+            due = self.cache.seen_after % policy.compact_every == 0
+            if bool(due.all()):
+                due = None
+            elif not bool(due.any()) and self.size < policy.budget + policy.compact_every:
                 return
-        keep = self.policy.keep(self)
+        keep = policy.keep(self)
         if keep is None:
             return
-        if due is not None and not bool(due.all()):
-            # Rows that are not due keep every slot, so the tensors stay as long as the longest of them.
-            mask = torch.zeros(*keep.shape[:2], self.size, dtype=torch.bool, device=self.device).scatter_(
+        if due is not None:
+            # Rows that are not due keep their tokens, so the tensors stay as long as the longest of them.
+            held, _ = self.slots.materialise(keep.shape[0], self.device)
+            chosen = torch.zeros(*keep.shape[:2], self.size, dtype=torch.bool, device=self.device).scatter_(
                 -1, keep, True
             )
-            mask |= ~due[:, None, None]
-            valid, _ = self.slots.materialise(mask.shape[0], self.device)
-            self.slots.valid = valid.expand(-1, mask.shape[1], -1) & mask
-            mask = self.slots.valid
-            longest = int(mask.sum(-1).max())
-            keep = mask.byte().argsort(dim=-1, descending=True, stable=True)[..., :longest].sort(-1).values
+            self.slots.valid = held & (chosen | ~due[:, None, None])
+            longest = int(self.slots.valid.sum(-1).max())
+            keep = self.slots.valid.byte().argsort(dim=-1, descending=True, stable=True)[..., :longest].sort(-1).values
         self.gather(keep)
         self.evicted = True
 
@@ -431,10 +435,7 @@ class TokenCache(Cache):
         index = used.nonzero()[:, 0]
         keep = index.expand(self.batch, 1, -1)
         for layer in self.layers:
-            layer._keys, layer._values = (
-                layer.keys.index_select(2, index),
-                layer.values.index_select(2, index),
-            )
+            layer._keys, layer._values = (tensor.index_select(2, index) for tensor in layer.held())
             layer.size = index.numel()
         self._seen = self.seen
         self.slots.gather(keep)

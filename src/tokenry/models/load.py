@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..errors import MissingTokenizer, ResourceError
+from tokenry.errors import MissingTokenizer, ResourceError
 
 _BUNDLED = Path(__file__).parent / "bundled"
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from ..workloads import WORKLOADS, held_out_files, is_held_out
+from tokenry.workloads import WORKLOADS, held_out_files, is_held_out
 
 SHARED_LINES = 13
 """A file that shares this many consecutive lines with a held-out file is dropped."""
@@ -75,7 +75,7 @@ def source_files(roots: list[Path], held_out: list[Path] | None = None) -> tuple
 
 def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context: int) -> Any:
     """Train a byte-level BPE tokenizer with the special ids of the design and save it to ``folder``."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -93,6 +93,9 @@ def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

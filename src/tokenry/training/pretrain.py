@@ -35,18 +35,19 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         model: Model whose parameters are trained.
-        lr: Learning rate of both, Muon's update being scaled to AdamW's root mean square.
+        lr: Learning rate of the matrices, Muon's update being scaled to AdamW's root mean square.
+        embedding_lr: Learning rate of embeddings and norms.
         weight_decay: Decay of the matrices.
     """
 
-    def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float) -> None:
+    def __init__(self, model: torch.nn.Module, lr: float, embedding_lr: float, weight_decay: float) -> None:
         embedding = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         matrices = [p for p in trained if p.ndim == 2 and id(p) not in embedding]
         others = [p for p in trained if p.ndim != 2 or id(p) in embedding]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=embedding_lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         super().__init__([*matrices, *others], {"lr": lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -89,6 +90,7 @@ def pretrain(
     lengths: tuple[int, ...],
     steps: int,
     lr: float = 3e-3,
+    embedding_lr: float = 1e-2,
     decay: float = 0.3,
     weight_decay: float = 0.1,
     seed: int = 0,
@@ -135,7 +137,7 @@ def pretrain(
         args=arguments,
         train_dataset=Blocks(blocks, lengths, steps),
         data_collator=_collate,
-        optimizers=(MuonAdamW(model, lr, weight_decay), None),
+        optimizers=(MuonAdamW(model, lr, embedding_lr, weight_decay), None),
     )
     resumable = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resumable or None)

@@ -12,9 +12,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import BadParameter
-from . import arithmetic, code, edit, jsonl, recall
-from .engine import END, HELD_OUT, Example, functions, held_out_files, is_held_out, library_files
+from tokenry.errors import BadParameter
+from tokenry.workloads import arithmetic, code, edit, jsonl, recall
+from tokenry.workloads.engine import END, HELD_OUT, Example, functions, held_out_files, is_held_out, library_files
 
 WORKLOADS: dict[str, Callable[..., Iterator[Example]]] = {
     "code": code.generate,

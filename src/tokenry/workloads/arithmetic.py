@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from .engine import Example, seeded
+from tokenry.workloads.engine import Example, seeded
 
 _ANSWER = re.compile(r"answer (-?\d+)\.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator
 
-from .engine import Example, functions, seeded
+from tokenry.workloads.engine import Example, functions, seeded
 
 
 def generate(seed: int, split: str) -> Iterator[Example]:

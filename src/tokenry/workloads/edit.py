@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
-from .engine import END, Example, functions, seeded
+from tokenry.workloads.engine import END, Example, functions, seeded
 
 _NAMES = (
     "alpha", "buffer", "cell", "delta", "entry", "frame", "group", "handle", "inner", "joint", "kernel", "label",

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import BadPrompt
-from .engine import Example
+from tokenry.errors import BadPrompt
+from tokenry.workloads.engine import Example
 
 _FIELDS = ("prompt", "text", "question", "input", "instruction")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from .engine import Example, functions, seeded
+from tokenry.workloads.engine import Example, functions, seeded
 
 _SYLLABLES = (
     "ba",

@@ -1,0 +1,92 @@
+"""What every cache policy promises beyond the engine's own tests: it combines with every decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.contracts.registered import drafters, registered
+from tests.contracts.test_decoders import TOKENIZER, generate
+from tokenry.errors import BudgetTooSmall
+
+CLASSES = registered("policy")
+EVERY = [cls() for cls in registered("decoder")]
+DRAFTERS = [cls() for cls in drafters()]
+SERVED = [kind for kind in tiny.SERVED if kind != "mistral"]
+
+
+def small(cls, **options):
+    """A policy with a budget that a tiny test exceeds."""
+    return cls(**({"budget": 24} | options))
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.slug)
+def test_budget_above_the_length_is_plain(cls, kind):
+    model = tiny.model(kind)
+    inputs = tiny.prompts((40, 21))
+    wanted = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+    with cls(budget=128)(model):
+        assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=16), wanted)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.slug)
+def test_every_full_attention_layer_keeps_its_budget(cls, kind):
+    model = tiny.model(kind)
+    for every in (1, 6):
+        policy = small(cls, compact_every=every)
+        with policy(model):
+            result = model.generate(
+                **tiny.prompts((60, 41)), do_sample=False, max_new_tokens=30, return_dict_in_generate=True
+            )
+        full = [layer for layer in result.past_key_values.layers if layer.window is None]
+        assert full and all(layer.size <= 24 + every - 1 for layer in full)
+
+
+@pytest.mark.parametrize("lengths", ((60,), (60, 47)))
+@pytest.mark.parametrize("kind", ("llama", "qwen3", "gpt2"))
+@pytest.mark.parametrize("method", DRAFTERS, ids=str)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.slug)
+def test_a_drafter_inside_equals_the_policy_alone(cls, method, kind, lengths):
+    """Same policy, same `compact_every`, no drafts: the same tokens, exactly."""
+    model = tiny.model(kind, torch.float64)
+    inputs = tiny.prompts(lengths)
+    # A repetition in the prompt gives every drafter something to accept.
+    inputs["input_ids"][:, -16:-8] = inputs["input_ids"][:, -8:]
+    policy = small(cls, compact_every=8)
+    with policy(model):
+        wanted = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+        got = generate(method, model, inputs, max_new_tokens=40, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, wanted)
+    assert all(layer.size <= 31 for layer in got.past_key_values.layers if layer.window is None)
+    if len(lengths) == 1:
+        free = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+        assert not torch.equal(free, wanted), "the budget must matter in this test"
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.slug)
+def test_every_decoder_runs_inside(cls, method):
+    model = tiny.model()
+    with small(cls, compact_every=4)(model):
+        result = generate(method, model, tiny.prompts((60, 47)), do_sample=True, seed=0, return_dict_in_generate=True)
+    assert result.sequences.shape == (2, 80)
+    assert all(layer.size <= 27 for layer in result.past_key_values.layers if layer.window is None)
+    assert TOKENIZER.decode(result.sequences[0, 60:])
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.slug)
+def test_a_policy_is_a_frozen_value(cls):
+    import pickle
+
+    policy = small(cls)
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.budget = 3  # type: ignore[misc]
+    with pytest.raises(BudgetTooSmall, match="at least"):
+        cls(budget=0)
