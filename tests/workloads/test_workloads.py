@@ -1,0 +1,121 @@
+"""Workloads: the same everywhere for a seed, disjoint splits, answers that score, outputs that do not."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tokenry.errors import BadParameter, BadPrompt
+from tokenry.workloads import WORKLOADS, examples, functions, is_held_out
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_answers_score_one_and_others_less(name):
+    found = examples(name, 12)
+    for example in found:
+        assert example.prompt.strip() and example.answer.strip()
+        assert example.check(example.answer) == 1
+        assert example.check("") == 0
+    assert sum(example.check(other.answer) for example, other in itertools.pairwise(found)) < 6
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_seed_and_a_split_decide_the_examples(name):
+    texts = [example.prompt for example in examples(name, 6)]
+    assert texts == [example.prompt for example in examples(name, 6)]
+    assert texts != [example.prompt for example in examples(name, 6, seed=1)]
+    assert not set(texts) & {example.prompt for example in examples(name, 200, split="train")}
+
+
+def test_arithmetic_answers_are_right():
+    for example in examples("arithmetic", 50):
+        question = re.match(r"# compute ([\d +-]+)\n", example.prompt)[1]
+        assert example.check(f"anything answer {eval(question)}.") == 1
+        assert example.check(f"answer {eval(question) + 1}.") == 0
+        for clause in example.answer.split("; ")[:-1]:
+            left, right = clause.split(" = ")
+            assert eval(left) == int(right)
+
+
+def test_recall_plants_one_value_at_the_wanted_depth():
+    for example in examples("recall", 10):
+        key = re.search(r"# recall (KEY_\w+)\n", example.prompt)[1]
+        planted = [line for line in example.prompt.split("\n")[:-1] if line.startswith(f"{key} = ")]
+        assert len(planted) == 1
+        assert example.check(planted[0].split('"')[1]) == 1
+        place = example.prompt.index(planted[0]) / len(example.prompt)
+        assert abs(place - example.meta["depth"]) < 0.25
+        assert len(example.prompt) > 5000
+
+
+def test_edits_change_one_name_and_nothing_else():
+    for example in examples("edit", 20):
+        old, new = re.match(r"# rename (\w+) to (\w+)\n", example.prompt).groups()
+        source = example.prompt.split("\n", 1)[1].removesuffix("\n# renamed\n")
+        renamed = example.answer.removesuffix("\n# end\n")
+        ast.parse(renamed)
+        assert re.sub(rf"\b{new}\b", old, renamed) == source
+
+
+def test_code_comes_from_held_out_packages_and_completes_to_python():
+    pool = set(functions("test"))
+    for example in examples("code", 20):
+        whole = (example.prompt + example.answer).rstrip("\n")
+        ast.parse(whole)
+        assert whole in pool
+    assert not pool & set(functions("train"))
+
+
+def test_vendored_copies_are_held_out():
+    from pathlib import Path
+
+    assert is_held_out(Path("pip/_vendor/rich/console.py"))
+    assert is_held_out(Path("pytest.py"))
+    assert not is_held_out(Path("json/encoder.py"))
+
+
+def test_files_of_ones_own(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    lines = ['"a text"', json.dumps({"turns": ["first", "second"], "category": "qa", "question_id": 7})]
+    file.write_text("\n".join([*lines, json.dumps({"prompt": "p", "answer": "42"}), ""]))
+    one, two, three = examples(str(file), 10)
+    assert (one.prompt, two.prompt, three.prompt) == ("a text", "first", "p")
+    assert two.meta == {"category": "qa", "question_id": 7}
+    assert three.check("it is 42.") == 1 and three.check("it is 41.") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ('"fine"\n{"prompt": ', "line 2 is not JSON"),
+        ("[1, 2]", "line 1 holds a JSON list"),
+        ('{"other": "x"}', "line 1 has no prompt"),
+        ('{"prompt": "  "}', "line 1 has no prompt"),
+        ("", "holds no prompts"),
+    ),
+)
+def test_malformed_files_name_the_line(tmp_path, text, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(text)
+    with pytest.raises(BadPrompt, match=message):
+        examples(str(file), 10)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(BadParameter, match=r"no workload 'sums'.*code, recall"):
+        examples("sums", 1)
+    with pytest.raises(BadParameter, match="split"):
+        examples("code", 1, split="validation")
+    with pytest.raises(BadPrompt, match=r"no prompt file at 'nowhere\.jsonl'"):
+        examples("nowhere.jsonl", 1)
+
+
+def test_no_torch():
+    code = "import sys, tokenry.workloads as w; w.examples('edit', 1); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
