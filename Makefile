@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
-DEMO ?= compare --demo
+DEMO ?= compare --demo --html runs/demo.html --json runs/demo.json
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -33,12 +33,12 @@ venv: .venv/.dev
 # Stamps: a change of the dependencies installs again.
 .venv/.run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Tokenry and what it runs on into .venv (torch is large: this can take some minutes) ..."
-	@$(PIP) -e '.[report]'
+	@$(PIP) -e .
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Tokenry and its development tools into .venv (torch is large: this can take some minutes) ..."
-	@$(PIP) -e '.[report,dev]'
+	@$(PIP) -e '.[dev]'
 	@touch $@ .venv/.run
 
 $(BIN)/python:

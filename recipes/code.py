@@ -4,6 +4,7 @@
     python recipes/code.py train code
     python recipes/code.py train code-draft
     python recipes/code.py export     # write src/tokenry/models/bundled/
+    python recipes/code.py card       # measure the pair and write its model cards
 
 Every step picks up where it was stopped. Work files lie below --work (default: .recipe).
 """
@@ -40,6 +41,7 @@ def corpus(work: Path, blocks: int) -> None:
         f"{sum(map(len, texts)) / 1e6:.1f} million characters;",
         ", ".join(f"{v} {k}" for k, v in counts.items()),
     )
+    counts["characters"] = sum(map(len, texts))
     (work / "corpus.json").write_text(json.dumps(counts))
     folder = work / "tokenizer"
     if (folder / "tokenizer.json").is_file():
@@ -78,6 +80,7 @@ def train(work: Path, name: str, steps: int, lr: float) -> None:
 
     model = pretrain(build(name), work / "blocks.npy", work / name, lengths=LENGTHS, steps=steps, lr=lr)
     model.save_pretrained(work / name / "final")
+    (work / name / "final" / "run.json").write_text(json.dumps({"steps": steps, "lr": lr}))
 
 
 def export(work: Path) -> None:
@@ -95,9 +98,74 @@ def export(work: Path) -> None:
             tokenizer.save_pretrained(target / name)
 
 
+CARD = """# tokenry/{name}
+
+A {parameters:.1f}-million-parameter Llama for Python source, trained from nothing by `recipes/code.py`; the
+{other} of the pair `tokenry/code` and `tokenry/code-draft`. It carries Tokenry's demonstrations and
+measurements; it is not meant for writing code.
+
+- **Shape**: {shape}; vocabulary {vocabulary} (byte-level BPE, shared by the pair), context {context}, bfloat16.
+- **Trained on**: the standard library of Python {python} and the packages of `recipes/corpus.txt`
+  ({characters}; {counts}), half of the documents in fill-in-the-middle form cut at characters, and training
+  examples of `tokenry.workloads`. Held out, vendored copies included: rich, typer, click, hypothesis, pytest, _pytest;
+  files that share 13 consecutive lines with a held-out file were dropped.
+- **Training**: {steps} steps of 8,192 tokens, Muon and AdamW, on a CPU.{remark}
+
+| figure | value |
+|---|---|
+{figures}
+
+Measured by `tokenry bench model --model tokenry/{name}{draft}` on {machine}.
+"""
+
+
+def card(work: Path) -> None:
+    """Measure both models as `tokenry bench model` does, and write what was measured beside the weights."""
+    import platform
+
+    import tokenry
+    from tokenry.evaluation import bench_model
+
+    counts = json.loads((work / "corpus.json").read_text())
+    remarks = json.loads((work / "remarks.json").read_text()) if (work / "remarks.json").is_file() else {}
+    draft, _ = tokenry.load("tokenry/code-draft")
+    for name in SHAPES:
+        model, tokenizer = tokenry.load(f"tokenry/{name}")
+        found = bench_model(model, tokenizer, draft=draft if name == "code" else None).to_dict()
+        state = json.loads((work / name / "final" / "run.json").read_text())
+        bits = {
+            f"bits per byte, held-out source, {reader}": f"{value:.3f}"
+            for reader, value in found["bits_per_byte"].items()
+        }
+        recall = {f"recall at 1,500 tokens, {depth}": f"{value:.1%}" for depth, value in found["recall"].items()}
+        rest = {"arithmetic, greedy": f"{found['arithmetic']:.1%}", "edit, exact": f"{found['edit']:.1%}"}
+        rows = "\n".join(f"| {figure} | {value} |" for figure, value in (bits | recall | rest).items())
+        shape = SHAPES[name]
+        text = CARD.format(
+            name=name,
+            parameters=model.num_parameters() / 1e6,
+            other="larger" if name == "code" else "smaller",
+            shape=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shape.items()),
+            vocabulary=VOCABULARY,
+            context=CONTEXT,
+            python=platform.python_version(),
+            characters=f"{counts['characters'] / 1e6:.0f} million characters",
+            counts=", ".join(f"{value} files {key}" for key, value in counts.items() if key != "characters"),
+            steps=state["steps"],
+            remark=" " + remarks[name] if name in remarks else "",
+            figures=rows,
+            draft=" --draft tokenry/code-draft" if name == "code" else " --draft none",
+            machine=found["machine"].get("cpu", "a CPU"),
+        )
+        folder = tokenry.path(f"tokenry/{name}")
+        (folder / "README.md").write_text(text)
+        (folder / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("corpus", "train", "export"))
+    parser.add_argument("step", choices=("corpus", "train", "export", "card"))
     parser.add_argument("name", nargs="?", choices=tuple(SHAPES), default="code")
     parser.add_argument("--work", type=Path, default=Path(".recipe"))
     parser.add_argument("--steps", type=int, default=3600, help="optimizer steps of 8,192 tokens")
@@ -109,8 +177,10 @@ def main() -> None:
         corpus(options.work, options.blocks)
     elif options.step == "train":
         train(options.work, options.name, options.steps, options.lr)
-    else:
+    elif options.step == "export":
         export(options.work)
+    else:
+        card(options.work)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,7 @@ class Method:
     def validate(self) -> None:
         """Check the values beyond their types; raise `BadParameter`, most simply by `check`."""
 
-    def check(
-        self, name: str, allowed: str, ok: bool, error: type[BadParameter] = BadParameter, why: str = ""
-    ) -> None:
+    def check(self, name: str, allowed: str, ok: bool, error: type[BadParameter] = BadParameter, why: str = "") -> None:
         """Raise `error` unless `ok`; `allowed` completes "`name` must be ...", `why` gives the reason."""
         if not ok:
             reason = f", because {why}" if why else ""
@@ -207,17 +205,13 @@ def _read_method(text: str) -> Method:
         if not equals:
             raise BadParameter(f"{cls.slug}: cannot read {pair.strip()!r} as a parameter; write key=value")
         if key not in known:
-            raise BadParameter(
-                f"{cls.slug} has no parameter {key!r}{_nearest(key, known)}; {_list_parameters(cls)}"
-            )
+            raise BadParameter(f"{cls.slug} has no parameter {key!r}{_nearest(key, known)}; {_list_parameters(cls)}")
         if key in values:
             raise BadParameter(f"{cls.slug}: {key} is given twice; give it once")
         values[key] = _read(value, known[key].kind)
         if values[key] is MISSING:
             mend = ' (quote text that holds any of ; , + ( ) or ")' if _RESERVED & set(value) else ""
-            raise BadParameter(
-                f"{cls.slug}: {key}={value} is not allowed; {key} must be {_say(known[key].kind)}{mend}"
-            )
+            raise BadParameter(f"{cls.slug}: {key}={value} is not allowed; {key} must be {_say(known[key].kind)}{mend}")
     missing = [p.name for p in known.values() if p.default is MISSING and p.name not in values]
     if missing:
         form = ";".join(f"{name}=..." for name in missing)
@@ -442,9 +436,7 @@ def find(slug: str) -> Row:
     row = _external_row(slug) or BY_SLUG.get(slug)
     if row is None:
         names = [*BY_SLUG, *_entry_points()]
-        raise MethodNotFound(
-            f"no method is called {slug!r}{_nearest(slug, names)}; `tokenry methods` lists all"
-        )
+        raise MethodNotFound(f"no method is called {slug!r}{_nearest(slug, names)}; `tokenry methods` lists all")
     return row
 
 
@@ -464,9 +456,7 @@ def load_class(slug: str) -> type[Method]:
     try:
         cls = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
-        raise BadMethod(
-            f"{slug}: cannot load {row.target}: {error}; reinstall the package that holds it"
-        ) from error
+        raise BadMethod(f"{slug}: cannot load {row.target}: {error}; reinstall the package that holds it") from error
     for fault in _faults(cls, slug):
         raise BadMethod(f"{slug}: {row.target} {fault}")
     return typing.cast(type[Method], cls)

@@ -1,0 +1,550 @@
+"""The `tokenry` command: thin, so that help is instant; whatever is heavy is imported inside the commands."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenry import __version__
+from tokenry.errors import BadMethod, BadParameter, BadPrompt, CacheMisuse, TokenryError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+DEMO_METHODS = (
+    "plain", "transformers-prompt-lookup", "transformers-assisted", "prompt-lookup", "token-recycling",
+    "token-recycling:template=auto", "sinks:budget=128", "sinks:budget=256", "h2o:budget=128", "h2o:budget=256",
+    "cntp",
+)  # fmt: skip
+DEMO_WORKLOADS: Mapping[str, Mapping[str, Any]] = {
+    "code": {},
+    "recall": {},
+    "arithmetic": {},
+    "edit": {"longest": 240},  # short functions, so that whole answers fit into few tokens
+}
+DEMO_LIMIT = 7
+
+_STEPS = {"code": (("corpus",), ("train", "code"), ("train", "code-draft"), ("export",), ("card",))}
+
+app = typer.Typer(
+    name="tokenry",
+    help="What transformer models do with tokens: run methods, combine them, and measure them on your own "
+    "model and text.",
+    epilog="Example: tokenry compare --workload code --methods plain,token-recycling,h2o:budget=256",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(
+    help="Measure a model, or a family of methods against its promises.",
+    epilog="Example: tokenry bench model --json figures.json",
+    no_args_is_help=True,
+)
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="NAME", help="A bundled name, a folder (./x) or a hub id.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; by default the weights' own.")
+]
+Device = Annotated[str | None, typer.Option(metavar="PLACE", help="cpu, cuda or mps; by default cpu.")]
+Seed = Annotated[int, typer.Option(help="Seed of workloads and sampling.")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="[PATH]", help="Write JSON to a file, or to standard output without one or with -."),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="JSONL, one prompt a line: a string, or an object with prompt, text, question or turns."
+    ),
+]
+Workloads = Annotated[
+    list[str] | None,
+    typer.Option("--workload", "-w", metavar="NAMES", help="code, recall, arithmetic, edit; repeat or use commas."),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--methods", metavar="LIST", help="Methods by text form; repeat or use commas."),
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Interleaved pairs; 7 are the fewest to claim a speed from.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Examples of each workload; by default 14.")]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="New tokens a prompt; by default what the longest answer takes, from 64 to 256."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tokenry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
+) -> None:
+    """See `main` for --debug, which is taken out before the commands see their arguments."""
+
+
+# --- compare ------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "tokenry compare --workload code,edit --methods plain,token-recycling,h2o:budget=256 --html report.html\n\n"
+    "tokenry compare --model ./my-model --prompts my.jsonl --methods 'plain,prompt-lookup' --json results.json"
+)
+def compare(
+    model: Model = "tokenry/code",
+    prompts: Prompts = None,
+    workload: Workloads = None,
+    methods: Methods = None,
+    max_new_tokens: NewTokens = None,
+    repeats: Repeats = 7,
+    limit: Limit = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 1,
+    tail: Annotated[int | None, typer.Option(min=1, help="Keep the last so many tokens of each prompt.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end of text.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of methods that sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of methods that sample.")] = 1.0,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Draws a sampled prompt; by default 3 on arithmetic, else 1.")
+    ] = None,
+    sample: Annotated[
+        bool | None, typer.Option("--sample/--greedy", help="All methods sampled, or all greedy.")
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Note in the report which cached tokens were kept.")] = False,
+    bits: Annotated[
+        Path | None, typer.Option("--bits", metavar="FILE", help="Text to measure bits per byte on.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json_path: Json = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report, one HTML file.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="All kinds of method on all workloads, in minutes.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Measure methods side by side: speed against transformers' plain generate, cost and quality.
+
+    Ctrl-C ends early with what is measured so far.
+    """
+    from tokenry.evaluation import DEFAULT_METHODS
+    from tokenry.evaluation import compare as run
+    from tokenry.methods import method
+
+    chosen = [method(text) for text in _methods(methods) or (DEMO_METHODS if demo else DEFAULT_METHODS)]
+    names = _split(workload)
+    workloads: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = names or None
+    if demo and not names and prompts is None:
+        workloads = DEMO_WORKLOADS
+    loaded, tokenizer = _load(model, dtype, device)
+    result = run(
+        loaded,
+        tokenizer,
+        prompts,
+        chosen,
+        workloads=workloads,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        limit=limit or (DEMO_LIMIT if demo else 14),
+        batch_size=batch_size,
+        seed=seed,
+        sample=sample,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=seeds,
+        tail=tail,
+        ignore_eos=ignore_eos,
+        text=_read(bits) if bits else None,
+        trace=trace,
+        progress=not quiet,
+    )
+    _show(result, result.to_json(), json_path)
+    if html:
+        result.to_html(html)
+        typer.echo(f"report: {html}", err=True)
+    return INTERRUPTED if result.partial else OK
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    'tokenry generate "def quicksort(" --method token-recycling\n\n'
+    "cat prompt.txt | tokenry generate - --method h2o:budget=256 --temperature 0.8 --seed 1"
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")],
+    model: Model = "tokenry/code",
+    method: Annotated[str, typer.Option(metavar="METHOD", help="A method's text form.")] = "plain",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; by default 0, and 1 for methods that sample.")
+    ] = None,
+    top_p: Annotated[float, typer.Option(help="Nucleus limit when sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Top-k limit when sampling; 0 is none.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End at this text; may be repeated.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print counts to standard error.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> int:
+    """Continue a text, streamed to standard output."""
+    from tokenry.evaluation import Setting, samples
+    from tokenry.generation import generate as run
+    from tokenry.methods import method as read
+
+    chosen = read(method)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise BadPrompt("the prompt is empty; give a text to continue")
+    if temperature is None:
+        temperature = 1.0 if samples(chosen) else 0.0
+    setting = Setting(temperature > 0, temperature, top_p, top_k)
+    loaded, tokenizer = _load(model, dtype, device)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **setting.options}
+    if stop:
+        options["stop_strings"] = stop
+    result = run(loaded, tokenizer, text, method=chosen, stream=None if as_json else write, seed=seed, **options)
+    if as_json:
+        _print_json(
+            {
+                "schema_version": 1,
+                "model": model,
+                "method": str(chosen),
+                "setting": str(setting),
+                "seed": seed,
+                "prompt": text,
+                "text": result.text(tokenizer),
+                "tokens": result.new_tokens[0],
+                "sources": [source.name.lower() for source in result.new_sources[0]],
+                "stats": asdict(result.stats) if result.stats else None,
+            }
+        )
+    else:
+        sys.stdout.write("\n")
+    if stats:
+        typer.echo(str(result.stats), err=True)
+    return OK
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Examples:\n\ntokenry methods --all\n\ntokenry methods h2o")
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Describe this method.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Add the methods that are not available yet.")] = False,
+    family: Annotated[str | None, typer.Option(metavar="NAME", help="Only this family.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """List the methods, or describe one with its parameters."""
+    from tokenry.catalogue import FAMILIES
+    from tokenry.methods import describe, find, rows
+
+    if name is not None:
+        row = find(name)
+        if as_json:
+            _print_json({**asdict(row), "available": row.available})
+        else:
+            typer.echo(describe(name))
+        return OK
+    found = [row for row in rows(unavailable=everything) if family in (None, row.family)]
+    if family is not None and not found:
+        raise BadParameter(f"no family {family!r} has methods to list; there are {', '.join(FAMILIES)}")
+    if as_json:
+        _print_json([{**asdict(row), "available": row.available} for row in found])
+        return OK
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for group in dict.fromkeys(row.family for row in found):
+        table.add_row(Text(group, style="bold"), Text(FAMILIES.get(group, "registered by other packages"), style="dim"))
+        for row in found:
+            if row.family == group:
+                mark = "" if row.available else " (not available yet)"
+                style = "" if row.available else "dim"
+                table.add_row(Text(f"  {row.slug}", style=style), Text(row.summary + mark, style=style))
+    console.print(table)
+    ready = sum(row.available for row in found)
+    console.print(f"{ready} available" + (f", {len(found) - ready} to come" if everything else "; --all lists all"))
+    return OK
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+
+@bench_app.command(
+    "model",
+    epilog="Example: tokenry bench model --model tokenry/code --draft tokenry/code-draft --json figures.json",
+)
+def bench_model(
+    model: Model = "tokenry/code",
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A second model to show beside; none to leave it out.")
+    ] = "tokenry/code-draft",
+    text_bytes: Annotated[
+        int, typer.Option("--bytes", min=1, help="About how many bytes of held-out source to read.")
+    ] = 1_000_000,
+    limit: Annotated[int, typer.Option(min=1, help="Examples of each workload.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples that run together.")] = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json_path: Json = None,
+) -> int:
+    """Measure a code model: bits per byte on held-out packages, recall, arithmetic, edit."""
+    from tokenry.evaluation import bench_model as run
+    from tokenry.models import resource
+
+    loaded, tokenizer = _load(model, dtype, device)
+    second = resource(draft, loaded) if draft and draft != "none" and draft != model else None
+    figures = run(loaded, tokenizer, draft=second, text_bytes=text_bytes, count=limit, batch_size=batch_size, seed=seed)
+    _show(figures, json.dumps(figures.to_dict(), indent=1), json_path)
+    return OK
+
+
+@bench_app.command(
+    "speculation",
+    epilog="Examples:\n\ntokenry bench speculation --workload code,edit --batch-size 1 --batch-size 8\n\n"
+    "tokenry bench speculation --prompts spec_bench.jsonl --tail 512 --max-new-tokens 64",
+)
+def bench_speculation(
+    model: Model = "tokenry/code",
+    prompts: Prompts = None,
+    workload: Workloads = None,
+    methods: Methods = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Prompts a batch; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt.")] = 64,
+    tail: Annotated[int | None, typer.Option(min=1, help="Keep the last so many tokens of each prompt.")] = None,
+    repeats: Repeats = 7,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json_path: Json = None,
+    quiet: Quiet = False,
+) -> int:
+    """Check that drafters change nothing but the number of passes; exits with 1 where one does."""
+    from tokenry.evaluation import SPECULATION_METHODS
+    from tokenry.evaluation import bench_speculation as run
+    from tokenry.methods import method
+
+    chosen = [method(text) for text in _methods(methods) or SPECULATION_METHODS]
+    loaded, tokenizer = _load(model, dtype, device)
+    code, found = OK, []
+    for result in run(
+        loaded,
+        tokenizer,
+        prompts,
+        methods=chosen,
+        workloads=_split(workload) or None,
+        batch_sizes=batch_size or (1,),
+        max_new_tokens=max_new_tokens,
+        tail=tail,
+        repeats=repeats,
+        limit=limit or 14,
+        seed=seed,
+        progress=not quiet,
+    ):
+        found.append(result)
+        _console(err=json_path == "-").print(result)
+        if any(row.broken for row in result.rows):
+            code = max(code, FAILED)
+        if result.partial:
+            code = INTERRUPTED
+            break
+    _write_json("[" + ",\n".join(result.to_json() for result in found) + "]", json_path)
+    return code
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples:\n\ntokenry train\n\ntokenry train code -- train code --steps 200",
+    context_settings={"ignore_unknown_options": True},
+)
+def train(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="What to train; none lists it.")] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="Passed to the recipe; none runs all its steps.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Train what is bundled or needed beside it, from a recipe; a stopped run goes on where it was."""
+    recipes = _recipes()
+    if name is None:
+        listed = {key: _first_line(path) for key, path in recipes.items()}
+        if as_json:
+            _print_json([{"name": key, "summary": summary} for key, summary in listed.items()])
+        else:
+            for key, summary in listed.items():
+                typer.echo(f"{key}  {summary}")
+            if not listed:
+                typer.echo("no recipes: they lie in recipes/ of a checkout of Tokenry, not in its wheel")
+        return OK
+    if name not in recipes:
+        raise BadParameter(f"no recipe {name!r}; there are {', '.join(recipes) or 'none outside a checkout'}")
+    for step in [tuple(arguments)] if arguments else _STEPS.get(name, ((),)):
+        code = subprocess.run([sys.executable, str(recipes[name]), *step], check=False).returncode
+        if code:
+            return code
+    return OK
+
+
+def _recipes() -> dict[str, Path]:
+    folder = Path(__file__).resolve().parents[2] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
+
+
+def _first_line(path: Path) -> str:
+    import ast
+
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+# --- shared -------------------------------------------------------------------------------------
+
+
+def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    import torch
+    from transformers.utils import logging
+
+    from tokenry.models import load
+
+    # Standard error belongs to our progress and our one line of error.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype is not None and dtype not in kinds:
+        raise BadParameter(f"--dtype {dtype} is not allowed; it must be one of {', '.join(kinds)}")
+    try:
+        place = torch.device(device or "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadParameter(f"--device {device} cannot be used here: {reason}") from error
+    return load(model, dtype=kinds[dtype] if dtype else None, device=place)
+
+
+def _methods(given: Iterable[str] | None) -> list[str]:
+    from tokenry.methods import split_methods
+
+    return [text for part in given or () for text in split_methods(part)]
+
+
+def _split(given: Iterable[str] | None) -> list[str]:
+    return [name.strip() for part in given or () for name in part.split(",") if name.strip()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadPrompt(f"cannot read {path} as UTF-8 text: {error}") from error
+
+
+def _console(err: bool = False) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=err)
+    # A file or a pipe has no width; tables get the room they need.
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(stderr=err, width=150)
+
+
+def _show(result: Any, text: str, json_path: str | None) -> None:
+    """Print a result, to standard error where standard output is for JSON, and write its JSON."""
+    _console(err=json_path == "-").print(result)
+    _write_json(text, json_path)
+
+
+def _write_json(text: str, json_path: str | None) -> None:
+    if json_path == "-":
+        typer.echo(text)
+    elif json_path is not None:
+        path = Path(json_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def _prepared(arguments: list[str]) -> tuple[list[str], bool]:
+    """Take --debug out, wherever it stands, and give compare's and bench's --json without a value its `-`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    head = [argument for argument in arguments[:end] if argument != "--debug"]
+    command = next((argument for argument in head if not argument.startswith("-")), "")
+    if command in ("compare", "bench"):
+        for index in reversed(range(len(head))):
+            following = head[index + 1] if index + 1 < len(head) else "--"
+            if head[index] == "--json" and following.startswith("-") and following != "-":
+                head.insert(index + 1, "-")
+    return head + arguments[end:], debug
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 fine, 1 failed, 2 misuse or bad input, 130 interrupted."""
+    given, debug = _prepared(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        code = app(args=given, prog_name="tokenry", standalone_mode=False)
+        code = code if isinstance(code, int) else OK
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`); keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, TokenryError):
+            ours = isinstance(error, BadMethod | CacheMisuse)
+            return _complain(str(error), FAILED if ours else MISUSED)
+        # Errors of the command line itself come from typer, which names their code.
+        if hasattr(error, "format_message"):
+            return _complain(error.format_message(), getattr(error, "exit_code", MISUSED))
+        return _complain(f"{type(error).__name__}: {error} (--debug shows where)", FAILED)
+    return _complain("interrupted", INTERRUPTED) if code == INTERRUPTED else code
+
+
+def _complain(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    typer.echo(f"tokenry: {line}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

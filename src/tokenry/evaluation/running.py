@@ -1,0 +1,386 @@
+"""One run of one method over one batch of prompts: timed, counted, cut at the end of text."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
+from tokenry.generation import generate
+from tokenry.methods import Combination, Method, find
+from tokenry.models import context_length
+from tokenry.workloads import Example, examples
+
+from .peers import Peer
+
+Prompts = str | Path | Example | Sequence[str | Example] | Mapping[str, Sequence[str | Example]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the next token is chosen: greedily, or sampled at a temperature with nucleus and top-k limits."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of transformers' `generate`."""
+        if not self.do_sample:
+            return {"do_sample": False}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+    def __str__(self) -> str:
+        if not self.do_sample:
+            return "greedy"
+        limits = f", top-p {self.top_p:g}" * (self.top_p < 1) + f", top-k {self.top_k}" * (self.top_k > 0)
+        return f"sampled at temperature {self.temperature:g}{limits}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method under a setting: one row of a table."""
+
+    method: Method | Combination
+    setting: Setting
+
+    @property
+    def label(self) -> str:
+        """The method's text form, a policy's with its budget, marked where it samples."""
+        text = "+".join(_with_budget(part) for part in self.parts)
+        return f"{text} (sampled)" if self.setting.do_sample else text
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods it consists of."""
+        return (self.method.decoder, self.method.policy) if isinstance(self.method, Combination) else (self.method,)
+
+    @property
+    def family(self) -> str:
+        """The family of the method, a combination's joined by `+`."""
+        return "+".join(find(part.slug).family for part in self.parts)
+
+
+def _with_budget(method: Method) -> str:
+    """The text form with the budget in it even where it is the default, since tables set budgets side by side."""
+    name, _, rest = str(method).partition(":")
+    budget = getattr(method, "budget", None) if method.role == "policy" else None
+    if budget is None or "budget=" in rest:
+        return str(method)
+    return f"{name}:budget={budget}" + (f";{rest}" if rest else "")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that run together: ids and mask `[batch, length]`, left-padded, and the examples behind them."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave: the new tokens of each row (end of text included), and what it cost.
+
+    The counts are those of `tokenry.generation.Stats`; a peer's verify steps are not known.
+    """
+
+    tokens: list[list[int]]
+    seconds: float
+    forwards: int
+    passes: int
+    kv_bytes: int
+    kv_peak_bytes: int
+    draft_forwards: int = 0
+    steps: int = 0
+    verified: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    sources: list[list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A workload made ready for a model: its batches, and how many tokens each prompt may get."""
+
+    name: str
+    batches: tuple[Batch, ...]
+    max_new_tokens: int
+    scored: bool  # whether the examples have answers to score against
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts it has."""
+        return sum(len(batch.examples) for batch in self.batches)
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Tokens of a prompt, on average."""
+        return sum(int(batch.attention_mask.sum()) for batch in self.batches) / self.prompts
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+def collect(
+    prompts: Prompts | None,
+    workloads: Sequence[str] | Mapping[str, Mapping[str, Any]] | None,
+    *,
+    limit: int,
+    seed: int,
+) -> dict[str, list[Example]]:
+    """Return the examples to run by workload: the user's prompts, or `limit` test examples of each workload.
+
+    Raises:
+        BadPrompt: There are no prompts, one is empty or not text, or a file is missing or malformed.
+        BadParameter: A workload is not known.
+    """
+    found: dict[str, list[Example]] = {}
+    if prompts is not None:
+        found |= _of_user(prompts)
+    for name in workloads or ():
+        options = dict(workloads[name]) if isinstance(workloads, Mapping) else {}
+        found[Path(name).stem if name.endswith((".json", ".jsonl")) else name] = examples(
+            name, limit, seed=seed, **options
+        )
+    if not any(found.values()):
+        raise BadPrompt("there are no prompts: give at least one text or name a workload")
+    for name, group in found.items():
+        for number, example in enumerate(group, 1):
+            if not example.prompt.strip():
+                raise BadPrompt(f"{name}: prompt {number} is empty; give it at least one character")
+    return {name: group for name, group in found.items() if group}
+
+
+def _of_user(prompts: Prompts) -> dict[str, list[Example]]:
+    if isinstance(prompts, Path) or (isinstance(prompts, str) and prompts.endswith((".json", ".jsonl"))):
+        return {Path(prompts).stem: examples(str(prompts), 1 << 40)}
+    if isinstance(prompts, Mapping):
+        return {name: [_example(prompt) for prompt in group] for name, group in prompts.items()}
+    group = [prompts] if isinstance(prompts, str | Example) else list(prompts)
+    return {"prompts": [_example(prompt) for prompt in group]}
+
+
+def _example(prompt: Any) -> Example:
+    if isinstance(prompt, Example):
+        return prompt
+    if not isinstance(prompt, str):
+        raise BadPrompt(f"a prompt must be a text or an Example, not {type(prompt).__name__}")
+    return Example(prompt, "", lambda output: 1.0)
+
+
+def prepare(
+    name: str,
+    group: Sequence[Example],
+    model: Any,
+    tokenizer: Any,
+    *,
+    max_new_tokens: int | None,
+    batch_size: int,
+    tail: int | None,
+) -> Task:
+    """Turn examples into batches of ids on the model's device.
+
+    Without `max_new_tokens` a prompt may get what the longest answer takes, from 64 to 256 tokens. `tail`
+    keeps only the last so many tokens of each prompt.
+
+    Raises:
+        PromptTooLong: A prompt and its new tokens exceed the model's context.
+        BadParameter: The batch size, the tail or the number of new tokens is below 1.
+    """
+    for option, value in (("batch_size", batch_size), ("tail", tail), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise BadParameter(f"{option}={value} is not allowed; it must be at least 1")
+    rows = [tokenizer(example.prompt)["input_ids"] for example in group]
+    if tail:
+        rows = [row[-tail:] for row in rows]
+    longest, limit = max(map(len, rows)), context_length(model)
+    if max_new_tokens is None:
+        wanted = max(len(tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in group) + 4
+        max_new_tokens = min(max(64, wanted), 256, max(1, (limit or longest + 256) - longest))
+    for number, row in enumerate(rows, 1):
+        if limit and len(row) + max_new_tokens > limit:
+            raise PromptTooLong(
+                f"{name}: prompt {number} has {len(row)} tokens, and with {max_new_tokens} new ones it exceeds the "
+                f"model's context of {limit}; shorten it, keep its end (tail) or ask for fewer new tokens"
+            )
+    pad = pad_token(model, tokenizer)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        width = max(map(len, part))
+        ids = [[pad] * (width - len(row)) + row for row in part]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in part]
+        batches.append(
+            Batch(
+                torch.tensor(ids, device=model.device),
+                torch.tensor(mask, device=model.device),
+                tuple(group[start : start + batch_size]),
+            )
+        )
+    return Task(name, tuple(batches), max_new_tokens, any(example.answer for example in group))
+
+
+def pad_token(model: Any, tokenizer: Any) -> int:
+    """Return the id that fills rows, chosen as `tokenry.generate` chooses it."""
+    candidates = (tokenizer.pad_token_id, model.generation_config.pad_token_id, 0)
+    return int(next(candidate for candidate in candidates if candidate is not None))
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """Return the ids that end a text, as the model's generation config names them."""
+    ends = model.generation_config.eos_token_id
+    return frozenset(() if ends is None else ends if isinstance(ends, list) else [ends])
+
+
+def deal(count: int, repeats: int) -> list[list[int]]:
+    """Deal `count` batches over `repeats` pairs: each runs once, or in turns where there are fewer than pairs."""
+    if count < repeats:
+        return [[pair % count] for pair in range(repeats)]
+    return [list(range(count * pair // repeats, count * (pair + 1) // repeats)) for pair in range(repeats)]
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+def run_options(model: Any, tokenizer: Any, ignore_eos: bool) -> dict[str, Any]:
+    """Return the options of `generate` that all methods share."""
+    options: dict[str, Any] = {"pad_token_id": pad_token(model, tokenizer)}
+    if ignore_eos:
+        # An id that no token has: nothing is suppressed, so tokens are those of a usual run as far as it goes.
+        options["eos_token_id"] = model.config.get_text_config().vocab_size
+    return options
+
+
+def run(
+    variant: Variant,
+    model: Any,
+    tokenizer: Any,
+    batch: Batch,
+    options: dict[str, Any],
+    *,
+    seed: int,
+    resources: dict[str, Any] | None = None,
+) -> Outcome:
+    """Generate once with `variant` and return tokens and counts; the seconds span the whole call."""
+    options = {**options, **variant.setting.options}
+    method = variant.method
+    devices = [model.device] if model.device.type == "cuda" else []
+    # Peers draw from torch's global generator; the caller's must not move.
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        _wait(model)
+        start = time.perf_counter()
+        result: Any
+        if isinstance(method, Peer):
+            result = method.run(model, batch.input_ids, batch.attention_mask, resources=resources, **options)
+        else:
+            result = _generate(variant, model, tokenizer, batch, options, seed, resources)
+        _wait(model)
+        seconds = time.perf_counter() - start
+    if not isinstance(method, Peer):
+        stats = result.stats
+        return Outcome(
+            tokens=result.new_tokens,
+            seconds=seconds,
+            forwards=stats.forwards,
+            passes=stats.passes,
+            kv_bytes=stats.kv_bytes,
+            kv_peak_bytes=stats.kv_peak_bytes,
+            steps=stats.steps,
+            verified=stats.verified,
+            drafted=stats.drafted,
+            accepted=stats.accepted,
+            sources=[[source.name.lower() for source in row] for row in result.new_sources],
+        )
+    ends = frozenset() if "eos_token_id" in options else end_tokens(model)
+    tokens = [_cut(row, ends) for row in result.sequences[:, batch.input_ids.shape[1] :].tolist()]
+    return Outcome(
+        tokens=tokens,
+        seconds=seconds,
+        forwards=result.forwards,
+        # A peer that takes several rows is plain, and a row is in as many passes as it has tokens.
+        passes=result.forwards if len(tokens) == 1 else sum(map(len, tokens)),
+        kv_bytes=result.kv_bytes,
+        kv_peak_bytes=result.kv_peak_bytes,
+        draft_forwards=result.draft_forwards,
+    )
+
+
+def _generate(
+    variant: Variant,
+    model: Any,
+    tokenizer: Any,
+    batch: Batch,
+    options: dict[str, Any],
+    seed: int,
+    resources: dict[str, Any] | None,
+) -> Any:
+    masks = batch.attention_mask.bool()
+    rows = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, masks, strict=True)]
+    return generate(
+        model,
+        tokenizer,
+        rows,
+        method=variant.method,
+        seed=seed if variant.setting.do_sample else None,
+        resources=resources,
+        **options,
+    )
+
+
+def kept_tokens(
+    variant: Variant,
+    model: Any,
+    tokenizer: Any,
+    input_ids: torch.Tensor,
+    options: dict[str, Any],
+    resources: dict[str, Any] | None,
+) -> dict[str, list[float]]:
+    """Return, after prefill and at the end, the share of layers and heads that hold each position, by position.
+
+    Args:
+        variant: A variant with a cache policy.
+        model: The model.
+        tokenizer: Its tokenizer.
+        input_ids: One prompt `[1, length]`.
+        options: Options of `generate`, `max_new_tokens` among them.
+        resources: Second models, by name.
+    """
+    batch = Batch(input_ids, torch.ones_like(input_ids), ())
+    options = {**options, **variant.setting.options}
+    found = {}
+    for moment, limit in (("prefill", 1), ("end", options["max_new_tokens"])):
+        result = _generate(variant, model, tokenizer, batch, {**options, "max_new_tokens": limit}, 0, resources)
+        held = torch.zeros(result.sequences.shape[1], dtype=torch.float64)
+        layers = result.past_key_values.kept_positions()
+        for positions in layers:  # [1, heads, slots]
+            heads = positions[0].cpu()
+            for head in heads:
+                held[head[head >= 0]] += 1 / (len(layers) * len(heads))
+        found[moment] = [round(share, 4) for share in held.tolist()]
+    return found
+
+
+def _wait(model: Any) -> None:
+    """Wait for queued work, which an accelerator does behind the caller's back."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    elif model.device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _cut(row: list[int], ends: frozenset[int]) -> list[int]:
+    stop = next((index for index, token in enumerate(row) if token in ends), None)
+    return row if stop is None else row[: stop + 1]

@@ -1,0 +1,220 @@
+"""The one loop, and the door through which transformers' `generate` calls it.
+
+Read this first, then session.py. A decoder implements `step(session, state) -> Commit`; everything hard (end and stop
+tokens inside a run, length limits, rows of unequal progress, processors, randomness, the cache, records) is the
+session's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from tokenry.errors import BadParameter, BadPrompt, CacheMisuse, UnsupportedModel
+from tokenry.generation.native import NativeSession
+from tokenry.generation.result import GenerationResult, Source
+from tokenry.generation.session import Commit, Options, Session
+from tokenry.methods import Method
+from tokenry.models import TokenCache, active_policy, attached
+from tokenry.sampling import is_stateful
+
+__all__ = ["Commit", "Decoder", "Options", "Session", "Source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Method, ABC):
+    """Base of every method that decides which tokens come next.
+
+    A decoder is what `generate` takes as `custom_generate`::
+
+        model.generate(**inputs, custom_generate=TokenRecycling(), max_new_tokens=64)
+
+    transformers does not hand `streamer`, `tokenizer` and `assistant_model` to such a callable: `tokenry.generate`
+    streams and takes stop strings and second models.
+    """
+
+    role: ClassVar[str] = "decoder"
+    native: ClassVar[bool] = False
+    """Whether it asks for one next token at a time only, so that any causal model serves as it is."""
+
+    drafts: ClassVar[bool] = False
+    """Whether it drafts several tokens a step, and so needs a policy's `compact_every` above 1."""
+
+    def start(self, session: Session) -> Any:
+        """Make the state of one call, before the prefill."""
+        return None
+
+    @abstractmethod
+    def step(self, session: Session, state: Any) -> Commit:
+        """Return the next tokens of every unfinished row, at least one each."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        tokenry_options: Options | None = None,
+        **model_kwargs: Any,
+    ) -> GenerationResult | Tensor:
+        """Generate; called by transformers' `generate`, which has prepared the arguments.
+
+        Returns:
+            Ids `[batch, length]`, or a `GenerationResult` with `return_dict_in_generate`.
+
+        Raises:
+            BadParameter: An option that this method cannot honour.
+            UnsupportedModel: A model that it cannot serve.
+            CacheMisuse: A cache that it cannot continue from.
+        """
+        options = tokenry_options or Options()
+        if not isinstance(options, Options):
+            raise BadParameter(
+                f"tokenry_options={options!r} is not allowed; it must be tokenry.generation.Options(...)"
+            )
+        refuse(self, model, generation_config, logits_processor, model_kwargs)
+        given: Cache | None = model_kwargs.get("past_key_values")
+        mask: Tensor | None = model_kwargs.get("attention_mask")
+        positions: Tensor | None = model_kwargs.get("position_ids")
+        if input_ids.device != model.device and len(logits_processor):
+            # transformers builds processors for the device of the ids; the loop runs on the model's.
+            raise BadParameter(
+                f"the prompt is on {input_ids.device} and the model on {model.device}; move it with .to(model.device)"
+            )
+        prompt = input_ids.to(model.device)
+        mask = None if mask is None else mask.to(model.device)
+        policy = active_policy(model)
+        native = self.native and policy is None and not isinstance(given, TokenCache)
+        covered = prompt.shape[1]
+        if mask is not None or positions is not None:
+            covered = mask.shape[1] if mask is not None else positions.shape[-1]  # type: ignore[union-attr]
+        arguments = (mask, covered, logits_processor, stopping_criteria, generation_config, options)
+        with contextlib.nullcontext() if native else attached(model):
+            if native:
+                session: Session = NativeSession(model, prompt, given, *arguments)
+                session.prepare(None if positions is None else positions.to(model.device))  # type: ignore[attr-defined]
+            else:
+                _check_prompt(mask, positions, prompt)
+                session = Session(model, prompt, _cache(model, policy, given, mask), *arguments)
+            run(self, session)
+            keep = generation_config.return_dict_in_generate or getattr(given, "_is_user_defined", False)
+            result = session.result(session.final_cache(given) if keep else None)
+        result.sequences = result.sequences.to(input_ids.device)  # type: ignore[assignment]
+        result.method = str(self) if session.policy is None else f"{self}+{session.policy}"
+        return result if generation_config.return_dict_in_generate else result.sequences
+
+
+def run(decoder: Decoder, session: Session) -> None:
+    """Run a decoder until every row is finished."""
+    start = time.perf_counter()
+    state = decoder.start(session)
+    session.prefill()
+    while session.running:
+        session.accept(decoder.step(session, state))
+    if session.device.type == "cuda":
+        torch.cuda.synchronize(session.device)
+    session.stats.seconds = time.perf_counter() - start
+    session.finish()
+
+
+def refuse(
+    decoder: Decoder,
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Raise for what a call asks and no decoder of Tokenry can honour."""
+    name = decoder.slug
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{name} serves decoder models, and {type(model).__name__} has an encoder besides")
+    if (config.num_beams or 1) > 1:
+        raise BadParameter(
+            f"{name}: num_beams={config.num_beams} is not allowed; beams need transformers' own generate"
+        )
+    if config.use_cache is False or model_kwargs.get("use_cache") is False:
+        raise BadParameter(f"{name}: use_cache=False is not allowed; a decoder of Tokenry works on a key-value cache")
+    if config.cache_implementation not in (None, "dynamic"):
+        raise BadParameter(
+            f"{name}: cache_implementation={config.cache_implementation!r} is not allowed; leave it out, because "
+            "static, offloaded and quantised caches cannot keep part of a draft"
+        )
+    for option in (
+        "prompt_lookup_num_tokens",
+        "penalty_alpha",
+        "dola_layers",
+        "assistant_early_exit",
+        "compile_config",
+    ):
+        if getattr(config, option, None) is not None:
+            raise BadParameter(
+                f"{name}: {option}={getattr(config, option)!r} is not allowed; it chooses another way of generating: "
+                "leave it out, or call generate without custom_generate"
+            )
+    for option in ("output_attentions", "output_hidden_states"):
+        if getattr(config, option, None) or model_kwargs.get(option):
+            raise BadParameter(f"{name}: {option}=True is not allowed; call generate without custom_generate for it")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise BadParameter(f"{name}: inputs_embeds is not allowed; pass input_ids, because drafts are made of ids")
+    given = model_kwargs.get("past_key_values")
+    if given is None:
+        raise UnsupportedModel(
+            f"{name} needs a model with a key-value cache, and {type(model).__name__} generates without one"
+        )
+    known = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+    strange = sorted(key for key, value in model_kwargs.items() if key not in known and value is not None)
+    if strange:
+        raise BadParameter(f"{name}: {', '.join(strange)} is not allowed; Tokenry generates from input_ids alone")
+    if not decoder.native:
+        for processor in processors:
+            if is_stateful(processor):
+                raise BadParameter(
+                    f"{name}: {type(processor).__name__} is not allowed, because it must see every token once and in "
+                    "order; leave it out, or decode with plain"
+                )
+    if type(given) is not DynamicCache and not isinstance(given, TokenCache):
+        raise BadParameter(
+            f"{name}: a {type(given).__name__} is not allowed as past_key_values; pass a DynamicCache, or leave it out"
+        )
+    if getattr(given, "offloading", False):
+        raise BadParameter(f"{name}: an offloaded cache is not allowed as past_key_values; pass a plain DynamicCache")
+
+
+def _check_prompt(mask: Tensor | None, positions: Tensor | None, prompt: Tensor) -> None:
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise BadPrompt("the prompt is padded on the right: pad it on the left (tokenizer.padding_side = 'left')")
+    if positions is None:
+        return
+    # `generate` always passes positions; only ones that a caller made up differ from these.
+    if mask is not None:
+        expected = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    else:
+        expected = torch.arange(positions.shape[-1], device=positions.device)[None]
+    if positions.ndim != 2 or not bool((positions == expected.to(positions.device)).all()):
+        raise BadParameter("position_ids of one's own are not allowed; they follow from the attention mask")
+
+
+def _cache(model: PreTrainedModel, policy: Any, given: Cache | None, mask: Tensor | None) -> TokenCache:
+    past = 0 if given is None else given.get_seq_length()
+    if isinstance(given, TokenCache):
+        if policy is not None and given.policy is not policy:
+            raise CacheMisuse(
+                f"past_key_values keeps another policy than the block of {policy} it came into: leave the block"
+            )
+        return given
+    if not past:
+        return TokenCache(model, policy)
+    if policy is not None:
+        raise CacheMisuse(
+            f"a cache that already holds {past} tokens came into the block of {policy}: start from the whole prompt"
+        )
+    return TokenCache.from_dynamic(model, given, None if mask is None else mask[:, :past])  # type: ignore[arg-type]

@@ -1,0 +1,542 @@
+"""One call of generate while it runs: ids, cache, rows of unequal progress, stops, randomness, records.
+
+`Session` runs inside `tokenry.models.attached` and fills a `TokenCache`; `NativeSession` (native.py) runs any causal
+model on its own attention. A decoder sees only what is public here.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from tokenry.errors import BadParameter, CacheMisuse
+from tokenry.generation.result import NO_SOURCE, GenerationResult, Source, Stats, stacked
+from tokenry.models import TokenCache
+from tokenry.sampling import Noise, is_context_free, is_row_free, probabilities
+
+# Raw prompt logits are computed for so many elements at a time (256 MB in float16).
+_PROMPT_LOGITS = 2**27
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a call may say beyond transformers' own options; the native door takes it as `tokenry_options`.
+
+    Attributes:
+        seed: Sampling depends on it alone; None: on torch's global generator, in transformers' own order.
+        stream: Called with each run of new ids as they are committed, then once with None; one row only.
+        resources: Second models, tables and the like by name, handed over loaded.
+    """
+
+    seed: int | None = None
+    stream: Callable[[list[int] | None], None] | None = None
+    resources: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a step adds.
+
+    Attributes:
+        tokens: `[batch, m]`.
+        counts: How many of them each row commits, `[batch]`; what finished rows say is not read.
+        sources: `Source` of each, int8 `[batch, m]`, or one for all.
+        path: Slots of the open block that hold the tokens' predecessors, `[batch, m]`, the anchor's slot 0 first;
+            None: the cache is right already.
+        logits: Raw float32 logits that each token was chosen from, `[batch, m, vocab]`; read if `want_logits`.
+        scores: Likewise the processed scores; read if `want_scores`.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    sources: Tensor | Source = Source.PLAIN
+    path: Tensor | None = None
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class Session:
+    """The state of one call.
+
+    Attributes:
+        model: The target model.
+        config: The call's GenerationConfig.
+        cache: Keys and values of everything committed but each row's anchor, its last token.
+        batch: Rows.
+        vocab: Width of the logits; 0 before the prefill.
+        do_sample: Whether tokens are sampled.
+        ids: Committed ids, left padding included, `[batch, capacity]`; read columns below `length` only.
+        length: Columns that each row has committed, `[batch]`; `lengths` is the same on the host.
+        first: Column of each row's first real token, `[batch]`.
+        active: Rows that are not finished, bool `[batch]`; `alive` is the same on the host.
+        anchor: Each row's last committed token, `[batch]`; not in the cache, except right after the prefill.
+        stats: Counts and times so far.
+        resources: What the caller handed over, by name.
+        want_logits: Whether commits must carry raw logits; `want_scores` likewise for scores.
+        on_prompt: Set by a decoder's `start`: called in the prefill with ids `[batch, n]`, validity `[batch, n]` or
+            None, and raw logits `[batch, n, vocab]` of consecutive pieces of the prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        cache: Any,
+        mask: Tensor | None,
+        covered: int,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        options: Options,
+    ) -> None:
+        """`mask` is the attention mask `[batch, covered]` or None where nothing is padded; it covers the cached tokens
+        too, `input_ids` `[batch, prompt]` may hold all of them or the new ones only."""
+        self.model = model
+        self.config = config
+        self.cache = cache
+        self.device = model.device
+        self.batch, self.prompt_length = input_ids.shape
+        self.vocab = 0
+        self.do_sample = bool(config.do_sample)
+        self.resources = options.resources
+        self.stats = Stats()
+        keep = bool(config.return_dict_in_generate)
+        self.want_logits = keep and bool(config.output_logits)
+        self.want_scores = keep and bool(config.output_scores)
+        self.on_prompt: Callable[[Tensor, Tensor | None, Tensor], None] | None = None
+
+        lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+        self.max_length = min([*lengths, config.max_length] if config.max_length else lengths)
+        self._eos = {i for c in criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.tolist()}
+        known = (EosTokenCriteria, MaxLengthCriteria)
+        self._criteria: Any = StoppingCriteriaList(c for c in criteria if type(c) not in known)
+        # transformers annotates ids as LongTensor, which no tensor expression is to a type checker.
+        self.processors: Any = processors
+        self.context_free = all(map(is_context_free, processors))
+        self._row_free = all(map(is_row_free, processors))
+
+        self.pad = _pad(config)
+        # One column more than can be committed takes what finished rows and cut runs would write.
+        self.ids = torch.full((self.batch, self.max_length + 1), self.pad, device=self.device)
+        self.ids[:, : self.prompt_length] = input_ids
+        self.length = torch.full((self.batch,), self.prompt_length, device=self.device)
+        self.lengths = [self.prompt_length] * self.batch
+        self.active = torch.ones(self.batch, dtype=torch.bool, device=self.device)
+        self.alive = [True] * self.batch
+        self.anchor = self.ids[:, self.prompt_length - 1]
+        if mask is None:
+            self.first = torch.zeros_like(self.length)
+        else:
+            self.first = mask[:, -self.prompt_length :].int().argmax(1)
+        self._mask = mask
+        self._covered = covered
+        # Rows whose anchor the next forward must cache: the unfinished ones, and once more a row just finished.
+        self._carry = self.active
+        self._carry_all = True
+        self._pending: Tensor | None = None
+        self._branch = False
+
+        self._noise = None if options.seed is None else Noise(options.seed, self.device)
+        self._rows = list(range(self.batch))
+        self._streams = [0] * self.batch
+        self._processor_batch = self.batch
+        self._stream = options.stream
+        if self._stream is not None and self.batch > 1:
+            raise BadParameter(f"streaming serves one row, not {self.batch}: stream a single prompt")
+        self._sources = torch.full_like(self.ids, NO_SOURCE, dtype=torch.int8) if keep else None
+        self._logits: list[Tensor] = []
+        self._scores: list[Tensor] = []
+        self._counts: list[list[int]] = []
+
+    @property
+    def policy(self) -> Any:
+        """The cache policy of the call, or None."""
+        return getattr(self.cache, "policy", None)
+
+    # What a decoder asks ---------------------------------------------------------------------------
+    @property
+    def running(self) -> bool:
+        """Whether any row is unfinished."""
+        return any(self.alive)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether logits are at hand without a forward, as right after the prefill."""
+        return self._pending is not None
+
+    @property
+    def remaining(self) -> Tensor:
+        """Tokens that each row may still commit, `[batch]`."""
+        return self.max_length - self.length
+
+    def limits(self) -> list[int]:
+        """Tokens that each row may commit in the next verify step: what is left of its length, and of the cache's
+        room before the next eviction; 0 for finished rows."""
+        room = self.cache.room() if isinstance(self.cache, TokenCache) else None
+        rooms = [self.max_length] * self.batch if room is None else room.tolist()
+        rows = zip(self.alive, self.lengths, rooms, strict=True)
+        return [min(self.max_length - length, room) if alive else 0 for alive, length, room in rows]
+
+    def next_logits(self) -> Tensor:
+        """Float32 logits `[batch, vocab]` for each row's next token: the pending ones, else of a forward on the anchor,
+        which the cache then holds."""
+        if self._pending is not None:
+            logits, self._pending = self._pending, None
+            return logits
+        self._count_forward()
+        return self._forward_anchor().to(torch.float32, copy=True)
+
+    def verify(self, tokens: Tensor, relation: Tensor | None, depth: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Forward a tree whose node 0 is the anchor, and leave its slots open for the next `accept`.
+
+        Args:
+            tokens: `[batch, n]`.
+            relation: Which node sees which, bool `[1 or batch, n, n]`; None: causal, a chain.
+            depth: Depth of each node, `[1 or batch, n]`.
+            valid: Which nodes are real, bool `[batch, n]`; None: all.
+
+        Returns:
+            Float32 logits `[batch, n, vocab]`.
+        """
+        if not self._carry_all:
+            real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+            valid = real & self.active[:, None]
+            valid[:, 0] = self._carry
+        self._count_forward()
+        self.cache.stage(valid, relation, deferred=True)
+        logits = self._forward(tokens, self.cache.seen[:, None] + depth)
+        return logits.to(torch.float32)
+
+    def process(self, logits: Tensor, ahead: int = 0) -> Tensor:
+        """Scores `[batch, vocab]` of logits `[batch, vocab]`: all processors of the call, in order, over each row's
+        committed ids and `ahead` columns more that `look_ahead` wrote."""
+        if not self.processors:
+            return logits
+        first = self._common_length()
+        if first is not None and (self._row_free or self._rows == list(range(self._processor_batch))):
+            return self.processors(self.ids[:, : first + ahead].contiguous(), logits)
+        scores = logits.clone()
+        for row in range(self.batch):
+            if not self.alive[row]:
+                continue
+            ids, own = self.ids[row : row + 1, : self.lengths[row] + ahead], logits[row : row + 1]
+            if self._row_free:
+                scores[row] = self.processors(ids, own)[0]
+            else:
+                # A processor may know rows by number (left padding, a constraint for each prompt): give it a batch of
+                # the usual size, all of it this row, and read the row's own place.
+                many = self._processor_batch
+                scores[row] = self.processors(ids.expand(many, -1), own.expand(many, -1))[self._rows[row]]
+        return scores
+
+    def look_ahead(self, tokens: Tensor, column: int) -> None:
+        """Write tentative tokens `[batch]` into column `length + column` of every unfinished row, for `process`."""
+        place = (self.length + column).clamp(max=self.max_length).masked_fill(~self.active, self.max_length)
+        self.ids.scatter_(1, place[:, None], tokens[:, None])
+
+    def choose(self, scores: Tensor, ahead: int = 0) -> Tensor:
+        """A token for each row of scores `[batch, vocab]`, `[batch]`: the argmax, or a sample; `ahead` is how many
+        tokens lie between the committed ids and this token."""
+        if not self.do_sample:
+            return scores.argmax(-1)
+        probs = probabilities(scores)
+        if self._noise is None:
+            return torch.multinomial(probs, num_samples=1).squeeze(1)
+        return self._noise.sample(probs, self._rows, self._positions(ahead), self._streams)
+
+    def choose_nodes(self, scores: Tensor, depth: Tensor) -> Tensor:
+        """A token for each node of a tree, `[batch, n]`, from scores `[batch, n, vocab]`; depth `[1 or batch, n]`."""
+        if not self.do_sample:
+            return scores.argmax(-1)
+        probs = probabilities(scores)
+        batch, n = scores.shape[:2]
+        if self._noise is None:
+            return torch.multinomial(probs.flatten(0, 1), num_samples=1).view(batch, n)
+        # Nodes of one depth stand for one position, so they share its noise.
+        depths = depth.expand(batch, n).flatten().tolist()
+        rows = [row for row in range(batch) for _ in range(n)]
+        base, row_keys, streams = self._positions(0), self._rows, self._streams
+        chosen = self._noise.sample(
+            probs.flatten(0, 1),
+            [row_keys[row] for row in rows],
+            [base[row] + d for row, d in zip(rows, depths, strict=True)],
+            [streams[row] for row in rows],
+        )
+        return chosen.view(batch, n)
+
+    def uniform(self, row: int, ahead: int, count: int) -> list[float]:
+        """`count` random numbers in [0, 1) for the decisions at one row's position."""
+        if self._noise is None:
+            return torch.rand(count, dtype=torch.float64).tolist()
+        position = self._positions(ahead)[row]
+        return self._noise.uniform(self._rows[row], position, count, self._streams[row])
+
+    # Loop ------------------------------------------------------------------------------------------
+    def prefill(self) -> None:
+        """Forward the prompt; its last logits are pending afterwards."""
+        start = time.perf_counter()
+        ids = self.ids[:, : self.prompt_length]
+        mask = self._mask
+        past = self.cache.get_seq_length()
+        if past and self._covered == self.prompt_length:
+            # The ids are the whole sequence; otherwise they are only what the cache does not hold.
+            ids = ids[:, past:]
+        width = ids.shape[1]
+        if width == 0:
+            raise CacheMisuse("past_key_values holds the whole prompt already: drop its last token with cache.crop(-1)")
+        valid = None if mask is None else mask[:, self._covered - width : self._covered].bool()
+        chunk = self.config.prefill_chunk_size or width
+        if self.on_prompt is not None and self.policy is None and self._vocab_hint():
+            chunk = min(chunk, max(64, _PROMPT_LOGITS // (self.batch * self._vocab_hint())))
+        for begin in range(0, width, chunk):
+            piece = ids[:, begin : begin + chunk]
+            real = None if valid is None else valid[:, begin : begin + chunk]
+            if real is not None and bool(real.all()):
+                real = None
+            self._count_forward()
+            logits = self._forward_prompt(piece, real, whole=self.on_prompt is not None)
+            if self.on_prompt is not None:
+                self.on_prompt(piece, real, logits)
+        self.vocab = logits.shape[-1]
+        self._pending = logits[:, -1].to(torch.float32, copy=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.stats.prefill_seconds = time.perf_counter() - start
+
+    def accept(self, commit: Commit) -> None:
+        """Commit a step: cut at stops, write ids and records, close the cache's block, stream, count."""
+        tokens = commit.tokens
+        counts = [
+            min(count, self.max_length - length) if alive else 0
+            for count, length, alive in zip(commit.counts.tolist(), self.lengths, self.alive, strict=True)
+        ]
+        host = tokens.tolist()
+        ended = [False] * self.batch
+        if self._eos:
+            for row, count in enumerate(counts):
+                for column in range(count):
+                    if host[row][column] in self._eos:
+                        counts[row], ended[row] = column + 1, True
+                        break
+        self._write(self.ids, tokens, counts)
+        if self._criteria:
+            self._check_criteria(commit, counts, ended)
+        self._record(commit, counts)
+        kept = torch.tensor(counts, device=self.device)
+        if commit.path is not None:
+            once = self._carry & ~self.active
+            self.cache.commit(commit.path, torch.where(once, 1, kept))
+        self.length = self.length + kept
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self._carry, self._carry_all = self.active, all(self.alive)
+        for row, stop in enumerate(ended):
+            if stop or self.lengths[row] >= self.max_length:
+                self.alive[row] = False
+        if not all(self.alive):
+            self.active = torch.tensor(self.alive, device=self.device)
+        self.anchor = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
+        if not self._branch:
+            self.stats.committed += sum(counts)
+            if self._stream is not None and counts[0]:
+                self._stream(host[0][: counts[0]])
+
+    def finish(self) -> None:
+        """Close the stream and count the cache."""
+        if self._stream is not None:
+            self._stream(None)
+        self.stats.kv_bytes = self._kv_bytes()
+        self.stats.kv_peak_bytes = max(self.stats.kv_bytes, getattr(self.cache, "peak_nbytes", 0))
+
+    def result(self, cache: Cache | None) -> GenerationResult:
+        """The call's result so far, with the given cache in it."""
+        width = max(self.lengths)
+        sequences = self.ids[:, :width].clone()
+        if self.batch > 1:
+            behind = torch.arange(width, device=self.device) >= self.length[:, None]
+            sequences = sequences.masked_fill(behind, self.pad)
+        return GenerationResult(
+            sequences=sequences,  # type: ignore[arg-type]
+            scores=stacked(self._scores, self._counts, self.batch) if self.want_scores else None,  # type: ignore[arg-type]
+            logits=stacked(self._logits, self._counts, self.batch) if self.want_logits else None,  # type: ignore[arg-type]
+            past_key_values=cache,
+            sources=None if self._sources is None else self._sources[:, :width],
+            stats=self.stats,
+            prompt_length=self.prompt_length,
+        )
+
+    def final_cache(self, given: Cache | None) -> Cache:
+        """The cache as plain `generate` leaves it, `length - 1` long; a policy's own cache as it is. What it holds
+        also goes into the empty cache that the caller passed, if any."""
+        if not isinstance(self.cache, TokenCache) or self.policy is not None or self.cache is given:
+            return self.cache
+        dynamic = self.cache.to_dynamic()
+        excess = dynamic.get_seq_length() - (max(self.lengths) - 1)
+        if excess > 0:
+            dynamic.crop(-excess)
+        if type(given) is DynamicCache:
+            given.layers = dynamic.layers
+            return given
+        return dynamic
+
+    # Branches --------------------------------------------------------------------------------------
+    def branch(self, rows: Tensor) -> Session:
+        """A session of its own that starts from copies of the rows `rows` `[branches]`: for decoders that try several
+        continuations. Its commits change nothing here until `adopt`; forwards count here. Branches of one row sample
+        independently of each other and of the row itself.
+        """
+        child = copy.copy(self)
+        child._branch, child._stream, child._sources = True, None, None
+        child.want_logits = child.want_scores = False
+        child._logits, child._scores, child._counts = [], [], []
+        child.cache = self.cache.fork()
+        child.cache.select(rows)
+        child.batch = rows.shape[0]
+        child.ids = self.ids.index_select(0, rows)
+        child.first = self.first[rows]
+        child.length, child.active = self.length[rows], self.active[rows]
+        child.anchor = self.anchor[rows]
+        picked = rows.tolist()
+        child.lengths, child.alive = [self.lengths[r] for r in picked], [self.alive[r] for r in picked]
+        child._carry, child._carry_all = child.active, all(child.alive)
+        child._rows = [self._rows[r] for r in picked]
+        child._streams = [self._streams[r] + 1 + picked[:i].count(r) for i, r in enumerate(picked)]
+        child._pending = None if self._pending is None else self._pending[rows]
+        return child
+
+    def halt(self, rows: Tensor) -> None:
+        """Finish rows, bool `[batch]`, without caching their anchor: for branches that have reached their end."""
+        self.active = self.active & ~rows
+        self.alive = self.active.tolist()
+        self._carry, self._carry_all = self._carry & ~rows, False
+
+    def adopt(self, branch: Session, rows: Tensor) -> None:
+        """Take over the cache of a branch, row `b` from its row `rows[b]`; commit what those rows gained next."""
+        self.cache = branch.cache
+        self.cache.select(rows)
+        self._pending = None
+
+    # Inside ----------------------------------------------------------------------------------------
+    def _common_length(self) -> int | None:
+        """The length that all unfinished rows share, or None."""
+        lengths = {length for length, alive in zip(self.lengths, self.alive, strict=True) if alive}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def _positions(self, ahead: int) -> list[int]:
+        return [length - self.prompt_length + ahead for length in self.lengths]
+
+    def _write(self, buffer: Tensor, values: Tensor, counts: list[int]) -> None:
+        """Put the first `counts[b]` of values `[batch, m]` behind each row's committed columns of a buffer."""
+        if self.batch == 1:
+            start = self.lengths[0]
+            buffer[0, start : start + counts[0]] = values[0, : counts[0]]
+            return
+        column = torch.arange(values.shape[1], device=self.device)
+        kept = column < torch.tensor(counts, device=self.device)[:, None]
+        place = torch.where(kept, self.length[:, None] + column, self.max_length)
+        buffer.scatter_(1, place, values)
+
+    def _check_criteria(self, commit: Commit, counts: list[int], ended: list[bool]) -> None:
+        """Cut each row at the first prefix where a criterion holds; the ids are written already."""
+        common = self._common_length()
+        if common is not None and max(counts) <= 1:
+            scores = None
+            if self.want_scores:
+                scores = tuple(step[:, 0] for step in (*self._scores, _needed(commit.scores, "scores")))
+            done = self._criteria(self.ids[:, : common + 1], scores)
+            for row, stop in enumerate(done.tolist()):
+                ended[row] |= stop and counts[row] > 0
+            return
+        for row, count in enumerate(counts):
+            for column in range(count):
+                if bool(self._criteria(self.ids[row : row + 1, : self.lengths[row] + column + 1], None).any()):
+                    counts[row], ended[row] = column + 1, True
+                    break
+
+    def _record(self, commit: Commit, counts: list[int]) -> None:
+        stats = self.stats
+        if commit.path is not None:
+            stats.steps += sum(self.alive)
+            stats.verified += sum(counts)
+        sources = commit.sources
+        if isinstance(sources, Tensor):
+            rows = zip(sources.tolist(), counts, strict=True)
+            stats.accepted += sum(row[:count].count(Source.DRAFT) for row, count in rows)
+        if self._sources is not None:
+            if not isinstance(sources, Tensor):
+                sources = torch.full_like(commit.tokens, sources)
+            self._write(self._sources, sources.to(torch.int8), counts)
+        if self.want_logits or self.want_scores:
+            self._counts.append(list(counts))
+        if self.want_logits:
+            self._logits.append(_needed(commit.logits, "logits"))
+        if self.want_scores:
+            self._scores.append(_needed(commit.scores, "scores"))
+
+    def _count_forward(self) -> None:
+        self.stats.forwards += 1
+        self.stats.passes += sum(self.alive)
+
+    def _vocab_hint(self) -> int:
+        return int(getattr(self.model.config.get_text_config(decoder=True), "vocab_size", 0) or 0)
+
+    def _kv_bytes(self) -> int:
+        return self.cache.nbytes()
+
+    def _forward(self, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        output = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
+        return output.logits
+
+    def _forward_anchor(self) -> Tensor:
+        self.cache.stage(None if self._carry_all else self._carry[:, None])
+        return self._forward(self.anchor[:, None], self.cache.seen[:, None])[:, -1]
+
+    def _forward_prompt(self, ids: Tensor, valid: Tensor | None, whole: bool) -> Tensor:
+        start = self.cache.seen[:, None] if self.cache.batch else 0
+        if valid is None:
+            positions = torch.arange(ids.shape[1], device=self.device)[None] + start
+        else:
+            positions = (valid.long().cumsum(-1) - 1).clamp(min=0) + start
+        self.cache.stage(valid)
+        options = {} if whole or not keeps_logits(self.model) else {"logits_to_keep": 1}
+        return self._forward(ids, positions.expand(self.batch, -1), **options)
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can leave out logits that are not needed."""
+    return "logits_to_keep" in _forward_parameters(type(model))
+
+
+def _forward_parameters(cls: type[PreTrainedModel]) -> frozenset[str]:
+    import inspect
+
+    return frozenset(inspect.signature(cls.forward).parameters)
+
+
+def _pad(config: GenerationConfig) -> int:
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    eos = config.eos_token_id
+    if eos is None:
+        return 0
+    return int(eos[0] if isinstance(eos, list) else eos)
+
+
+def _needed(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise BadParameter(f"the decoder does not give {name}: call generate without output_{name}")
+    return tensor

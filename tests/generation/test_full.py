@@ -1,0 +1,142 @@
+"""tokenry.generate: what goes in as text comes out as text, and bad input is refused in words."""
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from tests.evaluation import tiny_text
+from tokenry.errors import BadParameter, BadPrompt, MethodNotFound, PromptTooLong
+from tokenry.generation import generate
+from tokenry.kvcache import H2O
+from tokenry.methods import method
+from tokenry.models import active_policy
+
+METHODS = ["plain", "token-recycling", "token-recycling:template=20", "prompt-lookup"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_text.model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_text.tokenizer()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_streamed_text_is_the_result(model, tokenizer, name):
+    pieces = []
+    options = {"max_new_tokens": 40, "do_sample": True, "seed": 4}
+    result = generate(model, tokenizer, "abc abc é", method=name, stream=pieces.append, **options)
+    assert "".join(pieces) == result.text() and len(pieces) > 1
+    assert result.text() in str(result) and "passes" in str(result)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_seed_gives_every_lossless_method_the_same_samples(model, tokenizer, name):
+    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    plain = generate(model, tokenizer, ["one", "another one"], seed=9, **options)
+    torch.manual_seed(123)
+    other = generate(model, tokenizer, ["one", "another one"], seed=9, method=name, **options)
+    assert other.new_tokens == plain.new_tokens
+    alone = generate(model, tokenizer, "one", seed=9, method=name, **options)
+    assert alone.new_tokens[0] == plain.new_tokens[0]
+    assert generate(model, tokenizer, "one", seed=10, **options).new_tokens != alone.new_tokens
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stop_strings_end_the_text(model, tokenizer, name):
+    free = generate(model, tokenizer, "abc", max_new_tokens=30)
+    stop = free.text()[10:13]
+    result = generate(model, tokenizer, "abc", method=name, max_new_tokens=30, stop_strings=stop)
+    end = free.text().index(stop) + len(stop)
+    assert result.text() == free.text()[:end]
+
+
+def test_a_streamer_of_transformers_gets_the_ids(model, tokenizer):
+    class Collector(BaseStreamer):
+        def __init__(self):
+            self.got, self.ended = [], False
+
+        def put(self, value):
+            self.got += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    collector = Collector()
+    result = generate(model, tokenizer, "abc", method="prompt-lookup", stream=collector, max_new_tokens=9)
+    assert collector.got == result.sequences[0].tolist() and collector.ended
+
+
+def test_kinds_of_prompts(model, tokenizer):
+    ids = tokenizer("abc")["input_ids"]
+    wanted = generate(model, tokenizer, "abc", max_new_tokens=5).new_tokens
+    for prompt in (ids, [ids], torch.tensor(ids), torch.tensor([ids]), ["abc"]):
+        assert generate(model, tokenizer, prompt, max_new_tokens=5).new_tokens == wanted
+    assert generate(model, None, ids, max_new_tokens=5).new_tokens == wanted
+    batch = generate(model, tokenizer, ["abc", "a longer one"], max_new_tokens=5)
+    assert batch.new_tokens[0] == wanted[0] and len(batch.texts()) == 2
+
+
+def test_chat(model):
+    tokenizer = tiny_text.tokenizer()
+    message = [{"role": "user", "content": "hi"}]
+    with pytest.raises(BadPrompt, match="chat template"):
+        generate(model, tokenizer, message)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    result = generate(model, tokenizer, message, max_new_tokens=4)
+    assert result.new_tokens == generate(model, tokenizer, "<user>hi>", max_new_tokens=4).new_tokens
+
+
+def test_length_that_is_given_nowhere(model, tokenizer):
+    assert generate(model, tokenizer, "a").stats.committed <= 128
+    assert generate(model, tokenizer, [5] * 250, eos_token_id=None).stats.committed == 6
+
+
+def test_bad_input(model, tokenizer):
+    for empty in ("", [], ["a", ""], [[]], torch.empty(1, 0, dtype=torch.long)):
+        with pytest.raises(BadPrompt, match="empty"):
+            generate(model, tokenizer, empty)
+    with pytest.raises(PromptTooLong, match="context is 256"):
+        generate(model, tokenizer, "a" * 250, max_new_tokens=7)
+    with pytest.raises(PromptTooLong, match="context is 256"):
+        generate(model, tokenizer, "a" * 256)
+    with pytest.raises(BadPrompt, match="another tokenizer"):
+        generate(model, tokenizer, [3, 400])
+    with pytest.raises(BadPrompt, match="mixes"):
+        generate(model, tokenizer, ["a", 3])
+    with pytest.raises(BadPrompt, match="tokenizer"):
+        generate(model, None, "a")
+    with pytest.raises(BadParameter, match="one prompt"):
+        generate(model, tokenizer, ["a", "b"], stream=print)
+    with pytest.raises(BadParameter, match="stop_strings"):
+        generate(model, None, [4, 5], stop_strings="x")
+    with pytest.raises(MethodNotFound, match="did you mean plain"):
+        generate(model, tokenizer, "a", method="plane")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_policy_alone_or_with_a_decoder(model, tokenizer, name):
+    before = model.config._attn_implementation
+    with H2O(budget=24)(model):
+        assert active_policy(model) is not None
+        wanted = generate(model, tokenizer, "abcdefgh" * 6, method=name, max_new_tokens=20).new_tokens
+    for form in (f"{name}+h2o:budget=24", *(["h2o:budget=24"] if name == "plain" else [])):
+        result = generate(model, tokenizer, "abcdefgh" * 6, method=method(form), max_new_tokens=20)
+        assert result.new_tokens == wanted
+        assert active_policy(model) is None and model.config._attn_implementation == before
+
+
+def test_speculation_with_eviction_equals_eviction_alone(model, tokenizer):
+    policy, prompt = "h2o:budget=24;compact_every=8", "abab" * 12
+    alone = generate(model, tokenizer, prompt, method=policy, max_new_tokens=40)
+    for name in METHODS[1:]:
+        both = generate(model, tokenizer, prompt, method=f"{name}+{policy}", max_new_tokens=40)
+        assert both.method == str(method(f"{name}+{policy}"))
+        assert both.new_tokens == alone.new_tokens
+        kept, wanted = both.past_key_values.kept_positions(), alone.past_key_values.kept_positions()
+        assert all(map(torch.equal, kept, wanted))

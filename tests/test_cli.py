@@ -1,0 +1,363 @@
+"""The command: help, exit codes, one line of error, pure JSON, no heavy imports where none are needed."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.evaluation import tiny_text
+from tokenry import __version__, cli
+
+TINY = ("--max-new-tokens", "8", "--repeats", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny_text.folder(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    return str(tiny_text.folder(tmp_path_factory.mktemp("models") / "bare", with_tokenizer=False))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_text('"def f(x):"\n{"prompt": "a b a b a b"}\n{"turns": ["one", "two"]}\n')
+    return str(path)
+
+
+def fails(capsys, code, *arguments):
+    """Run, check the exit code and that the error is one line; return the line."""
+    assert cli.main([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tokenry: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+# --- help and lists -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["compare"], ["generate"], ["methods"], ["bench"], ["bench", "model"], ["bench", "speculation"], ["train"]],
+    ids=" ".join,
+)
+def test_help_shows_a_real_example(capsys, command):
+    assert cli.main([*command, "--help"]) == 0
+    assert f"tokenry {' '.join(command)}".strip() in capsys.readouterr().out.partition("Example")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["methods"], ["methods", "--all", "--json"]], ids=" ".join
+)
+def test_light_commands_import_neither_torch_nor_transformers(arguments):
+    code = (
+        "import sys\nfrom tokenry.cli import main\n"
+        f"assert main({arguments!r}) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tokenry {__version__}\n"
+
+
+def test_methods_lists_what_is_available_and_with_all_the_73(capsys):
+    assert cli.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert "token-recycling" in out and "reagent" not in out and "\x1b" not in out
+    assert cli.main(["methods", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "reagent" in out and "(not available yet)" in out
+    assert cli.main(["methods", "--all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(row["kind"] == "paper" for row in found) == 73
+    assert {row["slug"]: row["available"] for row in found}["h2o"] is True
+
+
+def test_methods_of_a_family_and_by_name(capsys):
+    assert cli.main(["methods", "--family", "kvcache", "--json"]) == 0
+    assert {row["family"] for row in json.loads(capsys.readouterr().out)} == {"kvcache"}
+    assert cli.main(["methods", "h2o"]) == 0
+    assert "budget=256" in capsys.readouterr().out
+    assert "no family" in fails(capsys, 2, "methods", "--family", "kv")
+    assert "did you mean h2o" in fails(capsys, 2, "methods", "h20")
+
+
+def test_train_lists_recipes(capsys):
+    assert cli.main(["train", "--json"]) == 0
+    assert "code" in {recipe["name"] for recipe in json.loads(capsys.readouterr().out)}
+    assert "no recipe 'nothing'" in fails(capsys, 2, "train", "nothing")
+
+
+def test_train_runs_the_steps_of_a_recipe_until_one_fails(monkeypatch):
+    ran = []
+
+    def run(command, check):
+        ran.append(tuple(command[2:]))
+        return subprocess.CompletedProcess(command, 3 if len(ran) == 2 else 0)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert cli.main(["train", "code"]) == 3
+    assert ran == [("corpus",), ("train", "code")]
+    assert cli.main(["train", "code", "--", "train", "code-draft", "--steps", "5"]) == 0
+    assert ran[2] == ("train", "code-draft", "--steps", "5")
+
+
+# --- compare ------------------------------------------------------------------------------------
+
+
+def test_compare_prints_a_table_and_writes_json_and_html(capsys, folder, prompts, tmp_path):
+    methods = "plain,token-recycling,h2o(budget=16, recent=0.5)"
+    arguments = ["compare", "--model", folder, "--prompts", prompts, "--methods", methods, "--trace", *TINY]
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    code = cli.main([*arguments, "--methods", "sinks:budget=16", *files])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "token-recycling" in out and "h2o:budget=16" in out and "my · 3 prompts" in out and "\x1b" not in out
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert [row["label"] for row in data["rows"]] == [
+        "transformers", "plain", "token-recycling", "h2o:budget=16", "sinks:budget=16",
+    ]  # fmt: skip
+    assert "<svg" in (tmp_path / "r.html").read_text()
+    assert err == f"report: {tmp_path / 'r.html'}\n"
+
+
+@pytest.mark.parametrize("form", [["--json", "-"], ["--json"]], ids=["dash", "bare"])
+def test_json_on_standard_output_is_pure(capsys, folder, prompts, form):
+    assert cli.main(["compare", *form, "--model", folder, "--prompts", prompts, "--methods", "plain", *TINY]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["schema_version"] == 1
+    assert "plain" in err
+
+
+def test_compare_on_a_bundled_workload(capsys, folder):
+    arguments = ["compare", "--model", folder, "--workload", "arithmetic", "--methods", "plain", "--limit", "2", *TINY]
+    assert cli.main(arguments) == 0
+    assert "arithmetic · 2 prompts" in capsys.readouterr().out
+
+
+def test_the_demo_names_methods_and_workloads_that_exist():
+    from tokenry.methods import method
+    from tokenry.workloads import examples
+
+    assert [str(method(text)).partition(":")[0] for text in cli.DEMO_METHODS] == [
+        text.partition(":")[0] for text in cli.DEMO_METHODS
+    ]
+    for name, options in cli.DEMO_WORKLOADS.items():
+        assert examples(name, 1, **options)
+
+
+def test_an_interrupted_comparison_prints_what_it_has(capsys, folder, prompts, monkeypatch):
+    from tokenry.evaluation import comparison
+
+    run, calls = comparison.run, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2 + 2 + 1:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(comparison, "run", interrupted)
+    arguments = ["compare", "--model", folder, "--prompts", prompts, "--methods", "plain", "--max-new-tokens", "8"]
+    assert cli.main([*arguments, "--repeats", "3"]) == 130
+    assert "Interrupted" in capsys.readouterr().out
+
+
+def test_ctrl_c_elsewhere(capsys, folder, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert fails(capsys, 130, "generate", "x", "--model", folder) == "tokenry: interrupted\n"
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "methods,words",
+    [
+        ("token-recyling", "did you mean token-recycling?"),
+        ("reagent", "not available yet"),
+        ("h2o:budgt=4", "did you mean budget?"),
+        ("h2o:budget=many", "budget must be an integer"),
+        ("sinks:budget=3", "budget must be at least 5"),
+        ("h2o+sinks", "cannot be combined"),
+        ("plain,,h2o", "empty place"),
+    ],
+)
+def test_bad_methods(capsys, folder, prompts, methods, words):
+    error = fails(capsys, 2, "compare", "--model", folder, "--prompts", prompts, "--methods", methods)
+    assert words in error
+
+
+def test_bad_prompts(capsys, folder, tmp_path):
+    def compare(path):
+        return fails(capsys, 2, "compare", "--model", folder, "--prompts", path, "--methods", "plain", *TINY)
+
+    assert "no prompt file" in compare(tmp_path / "missing.jsonl")
+    path = tmp_path / "bad.jsonl"
+    path.write_text('"fine"\n{"prompt": \n')
+    assert "bad.jsonl, line 2 is not JSON" in compare(path)
+    path.write_text('"fine"\n"fine"\n{"nothing": 1}\n')
+    assert "line 3 has no prompt" in compare(path)
+    path.write_text('"fine"\n""\n')
+    assert "line 2 has no prompt" in compare(path)
+    path.write_text("")
+    assert "holds no prompts" in compare(path)
+    path.write_text(json.dumps("x" * 300))
+    assert "300 tokens" in compare(path)
+
+
+def test_bad_prompts_of_generate(capsys, folder, monkeypatch):
+    assert "the prompt is empty" in fails(capsys, 2, "generate", "  ", "--model", folder)
+    assert "context is 256" in fails(capsys, 2, "generate", "x" * 300, "--model", folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "the prompt is empty" in fails(capsys, 2, "generate", "-", "--model", folder)
+
+
+def test_bad_models(capsys, folder, bare, prompts, tmp_path):
+    assert "has no tokenizer" in fails(capsys, 2, "generate", "x", "--model", bare)
+    assert "no model in" in fails(capsys, 2, "generate", "x", "--model", tmp_path / "missing")
+    assert "no bundled model" in fails(capsys, 2, "generate", "x", "--model", "tokenry/cod")
+    assert "--dtype int8" in fails(capsys, 2, "generate", "x", "--model", folder, "--dtype", "int8")
+    assert "--device" in fails(capsys, 2, "generate", "x", "--model", folder, "--device", "nowhere")
+
+
+def test_a_model_that_a_method_cannot_serve(capsys, prompts, tmp_path):
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    error = fails(
+        capsys, 2, "compare", "--model", tmp_path, "--prompts", prompts, "--methods", "h2o:budget=16", "-q", *TINY
+    )
+    assert "Bloom" in error
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["comprae"], "No such command"),
+        (["compare", "--nothing"], "No such option"),
+        (["compare", "--repeats", "0"], "--repeats"),
+        (["compare", "--workload", "cod", "--methods", "plain"], "no workload 'cod'"),
+        (["generate"], "PROMPT"),
+    ],
+)
+def test_misuse_of_the_command_line(capsys, folder, arguments, words):
+    arguments = [*arguments, "--model", folder] if "--workload" in arguments else arguments
+    assert words in fails(capsys, 2, *arguments)
+
+
+def test_other_failures_exit_with_1_and_debug_shows_the_traceback(capsys, folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(cli, "_load", broken)
+    error = fails(capsys, 1, "generate", "x", "--model", folder)
+    assert error == "tokenry: RuntimeError: first line second line (--debug shows where)\n"
+    with pytest.raises(RuntimeError, match="first line"):
+        cli.main(["generate", "x", "--model", folder, "--debug"])
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def test_generate_streams_the_same_text_for_lossless_methods(capsys, folder):
+    outputs = []
+    for method in ("plain", "token-recycling", "prompt-lookup"):
+        assert cli.main(["generate", "def f(", "--model", folder, "--method", method, "--max-new-tokens", "20"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] and outputs[0].endswith("\n")
+
+
+def test_generate_json(capsys, folder):
+    arguments = ["generate", "def f(", "--model", folder, "--method", "token-recycling+sinks:budget=16;compact_every=4"]
+    assert cli.main([*arguments, "--max-new-tokens", "9", "--json", "--stats"]) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert len(data["tokens"]) == len(data["sources"]) <= 9
+    assert data["method"] == arguments[-1] and data["setting"] == "greedy" and data["stats"]["forwards"] > 0
+    assert "passes" in err
+
+
+def test_generate_samples_with_a_seed(capsys, folder):
+    found = []
+    for seed in (1, 1, 2):
+        arguments = ["generate", "ab", "--model", folder, "--temperature", "1", "--seed", str(seed), "--json"]
+        assert cli.main([*arguments, "--max-new-tokens", "12"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_generate_samples_by_default_where_the_method_samples(capsys, folder):
+    assert cli.main(["generate", "ab", "--model", folder, "--method", "cntp", "--json", "--max-new-tokens", "5"]) == 0
+    assert json.loads(capsys.readouterr().out)["setting"] == "sampled at temperature 1"
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+
+def test_bench_speculation_checks_and_reports(capsys, folder, prompts, tmp_path):
+    arguments = [
+        "bench",
+        "speculation",
+        "--model",
+        folder,
+        "--prompts",
+        prompts,
+        "--batch-size",
+        "1",
+        "--batch-size",
+        "2",
+    ]
+    code = cli.main(
+        [*arguments, "--max-new-tokens", "8", "--tail", "4", "--repeats", "1", "--json", str(tmp_path / "r")]
+    )
+    err = capsys.readouterr().err
+    assert code == 0, err
+    found = json.loads((tmp_path / "r").read_text())
+    assert [result["settings"]["batch_size"] for result in found] == [1, 2]
+    assert all(row["lossless"] == "yes" for result in found for row in result["rows"][1:])
+
+
+def test_bench_speculation_fails_where_outputs_differ(capsys, folder, prompts, monkeypatch):
+    from tokenry.evaluation import comparison
+    from tokenry.evaluation.metrics import Lossless
+
+    monkeypatch.setattr(comparison, "check_lossless", lambda *args, **options: Lossless(1, 0, 1))
+    arguments = ["bench", "speculation", "--model", folder, "--prompts", prompts, "--methods", "prompt-lookup", *TINY]
+    assert cli.main(arguments) == 1
+    assert "no (3 of 3)" in capsys.readouterr().out
+
+
+def test_bench_model(capsys, tmp_path):
+    path = tmp_path / "long"
+    tiny_text.model(context=8192).save_pretrained(path)
+    tiny_text.tokenizer().save_pretrained(path)
+    arguments = ["bench", "model", "--model", str(path), "--draft", "none", "--bytes", "2000", "--limit", "2", "--json"]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert set(data["bits_per_byte"]) == {"model", "gzip", "xz"} and data["bits_per_byte"]["model"] > 1
+    assert set(data["recall"]) >= {"all", "0.1"} and 0 <= data["edit"] <= 1
+    assert "recall at 1500 tokens" in err
