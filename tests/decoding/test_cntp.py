@@ -106,6 +106,8 @@ def test_the_adopted_cache_continues_as_a_fresh_forward(lengths):
         assert torch.allclose(got, wanted, atol=1e-4)
     assert result.past_key_values.get_seq_length() == result.sequences.shape[1] - 1
     assert result.sequences.shape[1] == pad + 24
+    if len(lengths) == 1:
+        assert result.stats.kv_bytes == (pad + 23) * 2 * 8 * 2 * 3 * 8, "no trial leaves anything in the cache"
 
 
 def test_rows_of_a_batch_do_not_depend_on_each_other():

@@ -113,6 +113,7 @@ class CNTP(Decoder):
         best = _first_least(perplexity, rows, session.batch)
         self._trace(session, rows, counts, entropy, perplexity, lengths, best)
         session.adopt(branch, best)
+        session.cache.compact()
         longest = max(int(lengths[best].max()), 1)
         column = start[best][:, None] + torch.arange(longest, device=session.device)
         return Commit(

@@ -23,7 +23,7 @@ from tokenry.generation.native import NativeSession
 from tokenry.generation.result import GenerationResult, Source
 from tokenry.generation.session import Commit, Options, Session
 from tokenry.methods import Method
-from tokenry.models import TokenCache, active_policy, attached
+from tokenry.models import TokenCache, active_policy, attached, compat
 from tokenry.sampling import is_stateful
 
 __all__ = ["Commit", "Decoder", "Options", "Session", "Source"]
@@ -106,7 +106,7 @@ class Decoder(Method, ABC):
                 _check_prompt(mask, positions, prompt)
                 session = Session(model, prompt, _cache(model, policy, given, mask), *arguments)
             run(self, session)
-            keep = generation_config.return_dict_in_generate or getattr(given, "_is_user_defined", False)
+            keep = generation_config.return_dict_in_generate or compat.is_callers(given)
             result = session.result(session.final_cache(given) if keep else None)
         result.sequences = result.sequences.to(input_ids.device)  # type: ignore[assignment]
         result.method = str(self) if session.policy is None else f"{self}+{session.policy}"

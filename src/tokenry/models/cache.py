@@ -430,15 +430,17 @@ class TokenCache(Cache):
         if self.slots.valid is None or self.policy is not None:
             return
         used = self.slots.valid.any(0).any(0)
-        if bool(used.all()):
-            return
-        index = used.nonzero()[:, 0]
-        keep = index.expand(self.batch, 1, -1)
-        for layer in self.layers:
-            layer._keys, layer._values = (tensor.index_select(2, index) for tensor in layer.held())
-            layer.size = index.numel()
-        self._seen = self.seen
-        self.slots.gather(keep)
+        if not bool(used.all()):
+            index = used.nonzero()[:, 0]
+            for layer in self.layers:
+                layer._keys, layer._values = (tensor.index_select(2, index) for tensor in layer.held())
+                layer.size = index.numel()
+            self._seen = self.seen
+            self.slots.gather(index.expand(self.batch, 1, -1))
+        if self.slots.contiguous():
+            # Nothing is left to hide, so masks are not needed any more.
+            self.slots.valid = self.slots.positions = self._seen = None
+            self.total = self.slots.size
 
     def nbytes(self) -> int:
         """Bytes of the keys and values that are held."""

@@ -41,3 +41,8 @@ def can_switch(model: PreTrainedModel) -> bool:
 def dynamic_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of a dense ``DynamicCache``, each ``[batch, kv_heads, length, head_dim]``."""
     return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
+
+
+def is_callers(cache: object) -> bool:
+    """Whether `generate` was given the cache by its caller, who then keeps it."""
+    return bool(getattr(cache, "_is_user_defined", False))

@@ -57,6 +57,13 @@ class Slots:
             self.positions = self.positions.expand(-1, keep.shape[1], -1).gather(-1, keep)
         self.size = keep.shape[-1]
 
+    def contiguous(self) -> bool:
+        """Whether every slot holds the real token of its own position."""
+        if self.valid is not None and not bool(self.valid.all()):
+            return False
+        column = torch.arange(self.size, device=None if self.positions is None else self.positions.device)
+        return self.positions is None or bool((self.positions == column).all())
+
     def select(self, rows: Tensor) -> None:
         if self.valid is not None:
             self.valid = self.valid.index_select(0, rows)
