@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
-__all__ = ["Noise", "entropy", "is_context_free", "is_row_free", "is_stateful", "kl", "margin", "probabilities"]
+__all__ = [
+    "Noise",
+    "entropy",
+    "is_context_free",
+    "is_row_free",
+    "is_stateful",
+    "kl",
+    "margin",
+    "probabilities",
+    "substream",
+]
 
 
 def probabilities(scores: Tensor) -> Tensor:
@@ -107,6 +117,11 @@ def _mixed(*parts: int) -> int:
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
         value ^= value >> 31
     return value
+
+
+def substream(stream: int, position: int, number: int) -> int:
+    """The stream of noise of the `number`-th branch that leaves a stream at a position: no other branch has it."""
+    return _mixed(stream, position, number)
 
 
 class Noise:

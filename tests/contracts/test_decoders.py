@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -12,11 +14,13 @@ from tests.contracts.registered import drafters, registered
 from tokenry.errors import BadParameter, TokenryError, UnsupportedModel
 from tokenry.generation import GenerationResult
 from tokenry.generation.engine import Options
+from tokenry.kvcache import H2O
 
 NEW = 20
 EVERY = [cls() for cls in registered("decoder")]
 DRAFTERS = [cls() for cls in drafters()]
 TOKENIZER = tiny.tokenizer()
+TEXT = Options(resources={"tokenizer": TOKENIZER})
 
 
 def generate(method, model, inputs, **options):
@@ -142,6 +146,22 @@ def test_drafters_never_take_more_passes_than_tokens(method):
     assert stats.committed == NEW
     assert stats.forwards <= NEW
     assert stats.accepted <= stats.drafted
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+def test_a_policy_that_leaves_no_room_for_drafts_is_told_once_for_each_line(method, caplog):
+    model, inputs = tiny.model(), tiny.prompts((30,))
+    with caplog.at_level(logging.WARNING, "tokenry"):
+        with H2O(budget=24, compact_every=16)(model):
+            generate(method, model, inputs)
+        assert not caplog.records
+        with H2O(budget=24)(model):
+            for _ in range(3):
+                model.generate(**inputs, custom_generate=method, max_new_tokens=4, tokenry_options=TEXT)
+            model.generate(**inputs, custom_generate=method, max_new_tokens=4, tokenry_options=TEXT)
+    texts = [record.getMessage() for record in caplog.records if record.name == "tokenry"]
+    assert len(texts) == (2 if method.drafts else 0)
+    assert all("h2o" in text and "compact_every=16" in text and method.slug in text for text in texts)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

@@ -13,6 +13,8 @@ from tests.contracts.test_decoders import TOKENIZER, generate
 from tokenry.errors import BudgetTooSmall
 
 CLASSES = registered("policy")
+# Parameters beyond the defaults that change how state is kept.
+VARIANTS = {"h2o": ({"decay": 0.7}, {"normalise": "count"}), "random": ({"recent": 0.1},)}
 EVERY = [cls() for cls in registered("decoder")]
 DRAFTERS = [cls() for cls in drafters()]
 SERVED = [kind for kind in tiny.SERVED if kind != "mistral"]
@@ -51,14 +53,18 @@ def test_every_full_attention_layer_keeps_its_budget(cls, kind):
 @pytest.mark.parametrize("lengths", ((60,), (60, 47)))
 @pytest.mark.parametrize("kind", ("llama", "qwen3", "gpt2"))
 @pytest.mark.parametrize("method", DRAFTERS, ids=str)
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.slug)
-def test_a_drafter_inside_equals_the_policy_alone(cls, method, kind, lengths):
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(cls, options) for cls in CLASSES for options in ({}, *VARIANTS.get(cls.slug, ()))],
+    ids=lambda value: value.slug if isinstance(value, type) else "-".join(value) or "defaults",
+)
+def test_a_drafter_inside_equals_the_policy_alone(cls, options, method, kind, lengths):
     """Same policy, same `compact_every`, no drafts: the same tokens, exactly."""
     model = tiny.model(kind, torch.float64)
     inputs = tiny.prompts(lengths)
     # A repetition in the prompt gives every drafter something to accept.
     inputs["input_ids"][:, -16:-8] = inputs["input_ids"][:, -8:]
-    policy = small(cls, compact_every=8)
+    policy = small(cls, compact_every=8, **options)
     with policy(model):
         wanted = model.generate(**inputs, do_sample=False, max_new_tokens=40)
         got = generate(method, model, inputs, max_new_tokens=40, return_dict_in_generate=True)

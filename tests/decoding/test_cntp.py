@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import tiny
 from tokenry.decoding import CNTP
-from tokenry.decoding.cntp import punctuation_ids
+from tokenry.decoding.cntp import _precision, punctuation_ids
 from tokenry.errors import BadParameter, ResourceError
-from tokenry.generation import Source
+from tokenry.generation import Session, Source
 from tokenry.generation.engine import Options
 from tokenry.kvcache import H2O
+from tokenry.sampling import Noise
 
 MARKS = tuple(range(3, 20))
 
@@ -117,6 +119,49 @@ def test_rows_of_a_batch_do_not_depend_on_each_other():
     # With a seed the noise is a row's own; the first row alone is row 0 again.
     alone = _run(model, {key: value[:1] for key, value in inputs.items()}).sequences
     assert torch.equal(both[:1], alone)
+
+
+def test_a_row_that_does_not_hesitate_samples_as_if_alone():
+    """Rows that run no trials beside rows that do. A seed's noise is a row's own, so every row comes first once."""
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.prompts((12, 7, 9))
+    method = CNTP(entropy_low=2.0, entropy_high=4.0, max_trials=4, punctuation=MARKS)
+    options = {"do_sample": True, "max_new_tokens": 5, "custom_generate": method, "return_dict_in_generate": True}
+    mixed = 0
+    for seed in range(10):
+        extra = options | {"tokenry_options": Options(seed=seed)}
+        for row in range(3):
+            together = model.generate(**{k: v.roll(-row, 0) for k, v in inputs.items()}, **extra)
+            alone = model.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, **extra)
+            assert torch.equal(together.sequences[:1], alone.sequences)
+            positions = [segment["position"] for segment in together.stats.extra["segments"]]
+            mixed += sum(0 < positions.count(place) < 3 for place in range(5))
+    assert mixed > 50
+
+
+@pytest.mark.parametrize("lengths", ((12,), (12, 7, 15)))
+def test_no_two_tokens_share_noise(lengths, monkeypatch):
+    """Trials that were not kept have used noise of positions that later trials reach again."""
+    seen, alive = [], []
+    choose, sample = Session.choose, Noise.sample
+
+    def watched(self, scores, ahead=0):
+        # Rows that are done are drawn for as well; nothing comes of it.
+        alive.append(self.alive)
+        return choose(self, scores, ahead)
+
+    def noted(self, probs, *keys):
+        seen.extend(key for key, own in zip(zip(*keys, strict=True), alive[-1], strict=True) if own)
+        return sample(self, probs, *keys)
+
+    monkeypatch.setattr(Session, "choose", watched)
+    monkeypatch.setattr(Noise, "sample", noted)
+    model, inputs = tiny.model(), tiny.prompts(lengths)
+    method = CNTP(max_trials=4, punctuation=MARKS)
+    options = {"do_sample": True, "max_new_tokens": 24, "custom_generate": method, "return_dict_in_generate": True}
+    result = model.generate(**inputs, **options, tokenry_options=Options(seed=1))
+    assert any(max(segment["lengths"]) > 3 for segment in result.stats.extra["segments"])
+    assert len(set(seen)) == len(seen) > 40
 
 
 def test_a_stop_inside_a_trial_ends_the_row_there():
@@ -228,3 +273,35 @@ def test_punctuation_of_a_byte_level_tokenizer():
 def test_without_a_tokenizer_the_ids_must_be_given():
     with pytest.raises(ResourceError, match="punctuation"):
         tiny.model().generate(**tiny.prompts((5,)), custom_generate=CNTP(), do_sample=True, max_new_tokens=3)
+
+
+def test_a_models_tokenizer_is_read_once(monkeypatch):
+    from transformers import AutoTokenizer
+
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return tiny.tokenizer()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    model, inputs = tiny.model(), tiny.prompts((5,))
+
+    def run(**options):
+        model.generate(**inputs, custom_generate=CNTP(**options), do_sample=True, max_new_tokens=3)
+        return loaded
+
+    model.name_or_path = "one"
+    assert run() == run() == ["one"]
+    assert run(punctuation="released") == run(punctuation="released") == ["one", "one"]
+    model.name_or_path = "two"
+    assert run() == run() == ["one", "one", "two"]
+
+
+def test_devices_without_float64_add_up_in_float32():
+    for device, dtype, wanted in (
+        ("cpu", torch.float32, torch.float64),
+        ("mps", torch.float32, torch.float32),
+        ("mps", torch.float64, torch.float64),
+    ):
+        assert _precision(SimpleNamespace(device=torch.device(device), dtype=dtype)) == wanted

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from tests import tiny
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse, UnsupportedModel
 from tokenry.kvcache import H2O, Random, Sinks
-from tokenry.models import AttentionRows, TokenCache
+from tokenry.models import AttentionRows, TokenCache, attached
 
 POLICIES = (H2O, Sinks, Random)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -133,8 +133,8 @@ def test_column_sums_equal_the_full_matrix(causal):
     full = logits.softmax(-1) * valid[:, None, :, None]
     wanted = full.sum(2).view(2, 2, 2, 700).sum(2)
     assert torch.allclose(rows.column_sums(), wanted, atol=1e-4)
-    weights = torch.rand(query.shape[2], generator=generator)
-    weighted = (full * weights[:, None]).sum(2).view(2, 2, 2, 700).sum(2)
+    weights = torch.rand(2, query.shape[2], generator=generator)
+    weighted = (full * weights[:, None, :, None]).sum(2).view(2, 2, 2, 700).sum(2)
     assert torch.allclose(rows.column_sums(weights), weighted, atol=1e-4)
 
 
@@ -235,3 +235,95 @@ def test_crop_before_anything_was_dropped_and_not_after():
         model(tiny.prompts((40,))["input_ids"], past_key_values=cache)
         with pytest.raises(CacheMisuse, match="cannot go back"):
             cache.crop(-1)
+
+
+@torch.no_grad()
+def test_a_callers_cache_goes_on_inside_the_block():
+    """The loop of `c = DynamicCache(); model(ids, past_key_values=c); model(token, past_key_values=c)`."""
+    model = tiny.model(dtype=torch.float64)
+    ids = tiny.prompts((21,))["input_ids"]
+    given = DynamicCache(config=model.config)
+    with H2O(budget=64)(model):
+        model(ids[:, :20], past_key_values=given)
+        got = model(ids[:, 20:], past_key_values=given, position_ids=torch.tensor([[20]])).logits[0, -1]
+    assert torch.allclose(got, model(ids, use_cache=False).logits[0, -1], atol=1e-9)
+
+
+@torch.no_grad()
+def test_sliding_window_layers_keep_their_window():
+    model = tiny.model("gemma2")
+    for policy in (None, Sinks(budget=10)):
+        with policy(model) if policy else attached(model):
+            cache = TokenCache(model, policy)
+            model(tiny.prompts((300,))["input_ids"], past_key_values=cache)
+            for step in range(100):
+                model(torch.tensor([[3 + step % 90]]), past_key_values=cache)
+        for layer in cache.layers:
+            assert layer.size <= (8 + 32 + 64 if layer.window else (10 if policy else 400))
+    assert cache.nbytes() == sum(t.numel() * 4 for layer in cache.layers for t in layer.held())
+
+
+@torch.no_grad()
+def test_crop_of_a_padded_cache_filled_on_the_models_own_attention():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.prompts((12, 7))
+    cache = TokenCache(model)
+    places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    model(**inputs, past_key_values=cache, position_ids=places)
+    cache.crop(-2)
+    mask = torch.cat([inputs["attention_mask"][:, :10], torch.ones(2, 1, dtype=torch.long)], 1)
+    positions = mask.cumsum(-1)[:, -1:] - 1
+    token = torch.tensor([[5], [6]])
+    with attached(model):
+        got = model(token, attention_mask=mask, past_key_values=cache, position_ids=positions).logits[:, -1]
+    for row, length in enumerate((12, 7)):
+        ids = torch.cat([inputs["input_ids"][row, -length:-2], token[row]])[None]
+        assert torch.allclose(got[row], model(ids, use_cache=False).logits[0, -1], atol=1e-9)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+
+
+@torch.no_grad()
+def test_masks_of_ones_own_and_forwards_into_an_open_block_are_refused():
+    model = tiny.model()
+    ids = tiny.prompts((6,))["input_ids"]
+    with attached(model):
+        with pytest.raises(CacheMisuse, match="4 dimensions"):
+            model(ids, past_key_values=TokenCache(model), attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
+        cache = TokenCache(model)
+        model(ids, past_key_values=cache)
+        cache.stage(deferred=True)
+        model(ids[:, :2], past_key_values=cache)
+        with pytest.raises(CacheMisuse, match="still open"):
+            model(ids[:, :2], past_key_values=cache)
+        cache.commit(torch.tensor([[0]]), torch.tensor([1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ("llama", "mistral", "gemma2"))
+def test_realigned_rows_go_on_as_before(kind):
+    model = tiny.model(kind)
+    inputs = tiny.prompts((30, 17, 24))
+    token = torch.tensor([[5], [6], [7]])
+    with attached(model):
+        cache = TokenCache(model)
+        mask = inputs["attention_mask"].bool()
+        cache.stage(valid=mask)
+        model(inputs["input_ids"], past_key_values=cache, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        for step in range(12):
+            cache.stage(deferred=True)
+            block = torch.randint(3, 90, (3, 4), generator=torch.Generator().manual_seed(step))
+            model(block, past_key_values=cache, position_ids=cache.seen[:, None] + torch.arange(4))
+            counts = torch.tensor([1 + step % 4, 4 - step % 4, 1 + (step + 2) % 4])
+            cache.commit(torch.arange(4).expand(3, 4), counts)
+        twin = cache.fork()
+        twin.realign()
+        assert twin.slots.size == int((cache.seen + torch.tensor([0, 13, 6])).max()) < cache.slots.size
+        assert torch.equal(twin.seen, cache.seen)
+        one, two = (
+            model(token, past_key_values=each, position_ids=each.seen[:, None]).logits for each in (cache, twin)
+        )
+    assert torch.allclose(one, two, atol=1e-4)
+    if kind == "llama":
+        with pytest.raises(CacheMisuse, match="gaps"):
+            model(token, past_key_values=cache)

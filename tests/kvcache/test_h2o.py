@@ -63,18 +63,19 @@ def test_keeps_the_newest_and_the_largest_sums():
 
 @torch.no_grad()
 def test_no_heavy_hitters_token_by_token_is_a_causal_band():
-    """With the newest tokens alone, fed one by one, each row sees the kept tokens and itself."""
+    """Fed one by one with the newest tokens alone, each row sees the budget's tokens and itself."""
     model = tiny.model(dtype=torch.float64)
     ids = tiny.prompts((30,))["input_ids"]
-    budget = 7
     with attached(model):
-        cache = TokenCache(model, H2O(budget=budget, recent=1.0))
+        cache = TokenCache(model, H2O(budget=7, recent=1.0))
         logits = [model(token.view(1, 1), past_key_values=cache).logits[0, -1] for token in ids[0]]
-        kept = cache.kept_positions()[0][0]
-    # One slot beyond the protected ones is left to the largest sum, so the band is that of the budget less one,
-    # and one older token.
-    assert bool((kept[:, 1:] == torch.arange(24, 30)).all())
-    assert len(logits) == 30
+        assert bool((cache.kept_positions()[0] == torch.arange(23, 30)).all())
+    band = torch.ones(30, 30, dtype=torch.bool).tril() & ~torch.ones(30, 30, dtype=torch.bool).tril(-8)
+    wanted = model(ids, attention_mask=torch.zeros(1, 1, 30, 30, dtype=torch.float64).masked_fill(~band, -1e9)).logits[
+        0
+    ]
+    assert torch.allclose(torch.stack(logits), wanted, atol=1e-6)
+    assert not torch.allclose(wanted, model(ids).logits[0], atol=1e-2), "the band must matter in this test"
 
 
 @torch.no_grad()

@@ -180,3 +180,53 @@ def test_block_must_be_closed_before_the_next_forward():
         model(torch.tensor([[4]]), past_key_values=cache)
         with pytest.raises(CacheMisuse, match="commit"):
             cache.stage()
+
+
+def test_every_part_of_the_model_is_as_before():
+    model = tiny.model()
+    model.model.layers[1].train()
+    with attached(model):
+        assert not model.model.layers[0].training
+    assert model.model.layers[1].training and not model.model.layers[0].training
+
+
+def test_models_that_share_a_configuration_are_not_mixed_up():
+    one = tiny.model()
+    two = type(one)(one.config).eval()
+    ids = tiny.prompts((8,))["input_ids"]
+    wanted = two(ids).logits
+    with attached(one):
+        with pytest.raises(UnsupportedModel, match="shares its configuration"), attached(two):
+            pass
+        assert torch.allclose(two(ids).logits, wanted, atol=1e-5)
+    assert one.config._attn_implementation == "sdpa"
+    with attached(two):
+        pass
+
+
+def test_a_block_that_ends_between_two_layers_of_another_thread_changes_nothing():
+    model = tiny.model("gemma2")
+    assert model.config._attn_implementation == "eager"
+    ids = tiny.prompts((12,))["input_ids"]
+    wanted = model(ids, use_cache=False).logits
+    block = attached(model)
+    block.__enter__()
+
+    def leave(module, args, kwargs):
+        handle.remove()
+        block.__exit__(None, None, None)
+
+    # The hook stands between the choice of the function and its call, as another thread may.
+    attention = model.model.layers[1].self_attn
+    handle = attention.o_proj.register_forward_pre_hook(leave, with_kwargs=True)
+    assert torch.allclose(model(ids, use_cache=False).logits, wanted, atol=1e-5)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("mark", ({"is_quantized": True}, {"hf_device_map": {"a": 0, "b": 1}}, {"peft_config": {}}))
+def test_forms_that_are_not_tested_are_refused(mark):
+    model = tiny.model()
+    for name, value in mark.items():
+        setattr(model, name, value)
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM"), attached(model):
+        pass

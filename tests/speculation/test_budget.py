@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tokenry.speculation import TokenRecycling
@@ -59,6 +60,35 @@ def test_costs_are_measured_once():
 
     assert run() > 10
     assert run() == 2
+
+
+def _short():
+    """A GPT-2 that has 64 positions."""
+    config = tiny.config("gpt2")
+    config.n_positions = 64
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def test_costs_stop_at_the_models_context():
+    model, inputs = _short(), tiny.prompts((6,))
+    costs = forward_costs(type("S", (), {"model": model, "batch": 1, "device": torch.device("cpu")}))
+    assert len(costs) == 65
+    got = model.generate(**inputs, max_new_tokens=20, custom_generate=TokenRecycling(template="auto"))
+    assert torch.equal(got, model.generate(**inputs, max_new_tokens=20, do_sample=False))
+    # Trees of nodes that are all worth drafting end there too.
+    parents, ranks, depths = [-1, *range(79)], [0] * 80, list(range(80))
+    assert len(best_nodes(parents, ranks, depths, [[0.99]] * 80, [1.0] * 65)) == 64
+
+
+@pytest.mark.parametrize("template", ["2.2.2", "auto"])
+def test_a_batch_may_fill_the_models_context(template):
+    """Rows that are done, or nearly, wait for the others without asking for positions that the model lacks."""
+    model, inputs = _short(), tiny.prompts((8, 8, 8))
+    got = model.generate(**inputs, max_new_tokens=56, custom_generate=TokenRecycling(template=template))
+    assert torch.equal(got, model.generate(**inputs, max_new_tokens=56, do_sample=False))
 
 
 def test_a_costly_forward_gets_a_small_tree_and_a_flat_one_the_whole():

@@ -9,7 +9,8 @@ from transformers.generation import StoppingCriteria
 
 from tests import tiny
 from tests.speculation.toys import Junk, Mixed, Oracle
-from tokenry.generation import NO_SOURCE, Options, Source
+from tokenry.generation import NO_SOURCE, Options, Session, Source
+from tokenry.models import TokenCache
 from tokenry.speculation import TreeShape
 
 LENGTHS = {1: (8,), 4: (8, 3, 6, 1), 16: tuple(1 + (5 * i) % 9 for i in range(16))}
@@ -65,6 +66,25 @@ def test_chains_on_sliding_windows(kind):
     model, inputs = tiny.model(kind, torch.float64), tiny.prompts((12,))
     ours = run(model, inputs, Oracle(), free_run(model, inputs))
     assert torch.equal(ours.sequences, run(model, inputs).sequences) and ours.stats.tokens_per_step > 4
+
+
+def test_a_ragged_batch_holds_no_more_than_its_longest_row_needs(monkeypatch):
+    """Rows accept differently long runs; what that leaves empty in the cache is closed."""
+    model, inputs = tiny.model(dtype=torch.float64), tiny.prompts((8, 3, 6, 1, 7, 5, 4, 2))
+    truth = free_run(model, inputs, max_new_tokens=160)
+    sizes, calls = [], []
+    accept, realign = Session.accept, TokenCache.realign
+
+    def watched(self, commit):
+        accept(self, commit)
+        sizes.append((self.cache.slots.size, max(self.lengths)))
+
+    monkeypatch.setattr(Session, "accept", watched)
+    monkeypatch.setattr(TokenCache, "realign", lambda self: (calls.append(self.slots.size), realign(self)))
+    ours = run(model, inputs, Mixed(), truth, max_new_tokens=160)
+    assert torch.equal(ours.sequences, truth)
+    assert calls and all(size <= max(1.25 * longest, longest + 32) for size, longest in sizes)
+    assert len(calls) < 12, "closing gaps copies the cache, so it must be rare"
 
 
 def test_rows_equal_each_row_alone():

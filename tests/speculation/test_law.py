@@ -66,12 +66,25 @@ def assert_lossless(target, trees, **options):
         ((-1, 0, 1), (0, 2, 1)),
         ((-1, 0, 0, 1), (0, 1, 3, 2)),
         ((-1, 0, 0, 0), (0, 1, 1, 3)),
+        # The same token twice, with drafts behind the second only, or behind both.
+        ((-1, 0, 0, 2), (0, 1, 1, 2)),
+        ((-1, 0, 0, 1, 2), (0, 1, 1, 3, 2)),
     ],
     ids=str,
 )
 def test_deterministic_drafts(parents, tokens, at_once):
     tree = DraftTree(torch.tensor([tokens]), TreeShape.of(parents))
     assert_lossless(table(1), [(tree, 1.0)], at_once=at_once)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_repeated_draft_counts_where_its_elder_is_not_real(at_once):
+    valid = torch.tensor([[True, False, True, True]])
+    tree = DraftTree(torch.tensor([[0, 1, 1, 2]]), TreeShape.of((-1, 0, 0, 2)), valid)
+    assert_lossless(table(1), [(tree, 1.0)], at_once=at_once)
+    logits = torch.zeros(1, 4, VOCAB, dtype=torch.float64)
+    found = outcomes(lambda session: _committed(session, tree, logits, at_once), context_free=at_once)
+    assert any(len(tokens) == 3 for tokens, _ in found)
 
 
 def drawn(q, count, replacement):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tokenry.errors import ResourceError
 from tokenry.generation.engine import Commit, Decoder, Session
@@ -62,10 +63,8 @@ class CNTP(Decoder):
     def start(self, session: Session) -> Tensor:
         """Which ids end a trial, bool ``[ids]``."""
         session.stats.extra["segments"] = []
-        if isinstance(self.punctuation, tuple):
-            ids = self.punctuation
-        else:
-            ids = punctuation_ids(_tokenizer(session), self.punctuation)
+        marks = self.punctuation
+        ids = marks if isinstance(marks, tuple) else _punctuation(session, marks)
         ends = torch.zeros(max(ids, default=0) + 1, dtype=torch.bool, device=session.device)
         ends[list(ids)] = True
         return ends
@@ -89,14 +88,18 @@ class CNTP(Decoder):
         single = torch.tensor([counts[row] == 1 for row in rows.tolist()], device=session.device)
         branch = session.branch(rows)
         start = branch.length
+        # Rows that do not hesitate sample as themselves, whatever their neighbours do.
+        own = session.choose(scores)[rows] if bool(single.any()) else None
         scores, logits = scores[rows], logits[rows]
-        surprise = torch.zeros(len(rows), dtype=torch.float64, device=session.device)
+        surprise = torch.zeros(len(rows), dtype=_precision(scores), device=session.device)
         records: list[tuple[Tensor, Tensor]] = []
         while True:
             # All first tokens come from the same distribution; no forward is needed for them.
             tokens = branch.choose(scores)
+            if own is not None:
+                tokens, own = torch.where(single, own, tokens), None
             chosen = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-            surprise = surprise - chosen.double().masked_fill(~branch.active, 0)
+            surprise = surprise - chosen.to(surprise.dtype).masked_fill(~branch.active, 0)
             if session.want_logits or session.want_scores:
                 records.append((logits, scores))
             branch.accept(Commit(tokens[:, None], branch.active.long()))
@@ -155,13 +158,31 @@ def _stacked(records: list[Tensor], best: Tensor, longest: int) -> Tensor:
     return torch.stack([record[best] for record in records[:longest]], 1)
 
 
-def _tokenizer(session: Session) -> Any:
+def _precision(scores: Tensor) -> torch.dtype:
+    """In which the perplexity adds up: float64, but for devices that have none."""
+    return torch.float32 if scores.device.type == "mps" and scores.dtype != torch.float64 else torch.float64
+
+
+_of_models: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], tuple[int, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _punctuation(session: Session, mode: str) -> tuple[int, ...]:
     tokenizer = session.resources.get("tokenizer")
     if tokenizer is not None:
-        return tokenizer
+        return punctuation_ids(tokenizer, mode)
+    # Loading a tokenizer takes longer than many a call.
+    name = session.model.name_or_path or ""
+    known = _of_models.setdefault(session.model, {})
+    if (name, mode) not in known:
+        known[name, mode] = punctuation_ids(_load_tokenizer(name), mode)
+    return known[name, mode]
+
+
+def _load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    name = session.model.name_or_path
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -8,6 +8,8 @@ session's.
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -105,6 +107,8 @@ class Decoder(Method, ABC):
             else:
                 _check_prompt(mask, positions, prompt)
                 session = Session(model, prompt, _cache(model, policy, given, mask), *arguments)
+            if self.drafts:
+                _warn_of_no_room(self, session)
             run(self, session)
             keep = generation_config.return_dict_in_generate or compat.is_callers(given)
             result = session.result(session.final_cache(given) if keep else None)
@@ -187,6 +191,31 @@ def refuse(
         )
     if getattr(given, "offloading", False):
         raise BadParameter(f"{name}: an offloaded cache is not allowed as past_key_values; pass a plain DynamicCache")
+
+
+_warned: set[tuple[str, int, str]] = set()
+
+
+def _warn_of_no_room(decoder: Decoder, session: Session) -> None:
+    """Say, once for each line of code that generates, that a policy leaves a drafter nothing to draft."""
+    policy = session.policy
+    if policy is None or policy.compact_every > 1:
+        return
+    text = (
+        f"{decoder.slug} drafts nothing, because {policy} drops tokens after every one: give the policy room, as in "
+        f"{type(policy).__name__}(budget={policy.budget}, compact_every=16)"
+    )
+    frame = sys._getframe()
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    site = (frame.f_code.co_filename, frame.f_lineno, text)
+    if site not in _warned:
+        _warned.add(site)
+        logging.getLogger("tokenry").warning(text)
+
+
+def _is_inside(module: str) -> bool:
+    return module.partition(".")[0] in ("tokenry", "transformers", "torch", "contextlib")
 
 
 def _check_prompt(mask: Tensor | None, positions: Tensor | None, prompt: Tensor) -> None:

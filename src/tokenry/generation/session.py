@@ -20,8 +20,10 @@ from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLe
 from tokenry.errors import BadParameter, CacheMisuse
 from tokenry.generation.result import NO_SOURCE, GenerationResult, Source, Stats, stacked
 from tokenry.models import TokenCache
-from tokenry.sampling import Noise, is_context_free, is_row_free, probabilities
+from tokenry.sampling import Noise, is_context_free, is_row_free, probabilities, substream
 
+# A batch's cache closes its gaps once they take this share of the longest row, and this many slots.
+_GAP_SHARE, _GAP_SLOTS = 0.25, 32
 # Raw prompt logits are computed for so many elements at a time (256 MB in float16).
 _PROMPT_LOGITS = 2**27
 
@@ -65,6 +67,10 @@ class Commit:
 
 class Session:
     """The state of one call.
+
+    A row ends where its own end token, length or criterion says, and is padded from there on. transformers' own loop
+    pads rows only where the call has an end-of-text id: without one, it lets a row that another criterion has ended run
+    on until all rows are done, and what it writes behind that point differs from here.
 
     Attributes:
         model: The target model.
@@ -143,6 +149,7 @@ class Session:
         self._carry_all = True
         self._pending: Tensor | None = None
         self._branch = False
+        self._aligned = 0
 
         self._noise = None if options.seed is None else Noise(options.seed, self.device)
         self._rows = list(range(self.batch))
@@ -212,7 +219,10 @@ class Session:
             valid[:, 0] = self._carry
         self._count_forward()
         self.cache.stage(valid, relation, deferred=True)
-        logits = self._forward(tokens, self.cache.seen[:, None] + depth)
+        if self.batch > 1:
+            # Nodes that a row has no length left for are not accepted; their positions must be ones the model has.
+            depth = torch.minimum(depth, (self.remaining[:, None] - 1).clamp(min=0))
+        logits = self._forward(tokens, self._anchor_positions() + depth)
         return logits.to(torch.float32)
 
     def process(self, logits: Tensor, ahead: int = 0) -> Tensor:
@@ -343,6 +353,7 @@ class Session:
         if not all(self.alive):
             self.active = torch.tensor(self.alive, device=self.device)
         self.anchor = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
+        self._close_gaps()
         if not self._branch:
             self.stats.committed += sum(counts)
             if self._stream is not None and counts[0]:
@@ -377,10 +388,7 @@ class Session:
         also goes into the empty cache that the caller passed, if any."""
         if not isinstance(self.cache, TokenCache) or self.policy is not None or self.cache is given:
             return self.cache
-        dynamic = self.cache.to_dynamic()
-        excess = dynamic.get_seq_length() - (max(self.lengths) - 1)
-        if excess > 0:
-            dynamic.crop(-excess)
+        dynamic = self.cache.to_dynamic(max(self.lengths) - 1)
         if type(given) is DynamicCache:
             given.layers = dynamic.layers
             return given
@@ -390,7 +398,7 @@ class Session:
     def branch(self, rows: Tensor) -> Session:
         """A session of its own that starts from copies of the rows `rows` `[branches]`: for decoders that try several
         continuations. Its commits change nothing here until `adopt`; forwards count here. Branches of one row sample
-        independently of each other and of the row itself.
+        independently of each other, of the row itself and of branches that left it at another length.
         """
         child = copy.copy(self)
         child._branch, child._stream, child._sources = True, None, None
@@ -407,7 +415,8 @@ class Session:
         child.lengths, child.alive = [self.lengths[r] for r in picked], [self.alive[r] for r in picked]
         child._carry, child._carry_all = child.active, all(child.alive)
         child._rows = [self._rows[r] for r in picked]
-        child._streams = [self._streams[r] + 1 + picked[:i].count(r) for i, r in enumerate(picked)]
+        starts = self._positions(0)
+        child._streams = [substream(self._streams[r], starts[r], picked[:i].count(r)) for i, r in enumerate(picked)]
         child._pending = None if self._pending is None else self._pending[rows]
         return child
 
@@ -431,6 +440,17 @@ class Session:
 
     def _positions(self, ahead: int) -> list[int]:
         return [length - self.prompt_length + ahead for length in self.lengths]
+
+    def _close_gaps(self) -> None:
+        """Realign the cache if rows of unequal progress have left it much longer than the longest of them."""
+        if self.batch == 1 or self.policy is not None or not isinstance(self.cache, TokenCache):
+            return
+        # Padding and what the cache held before count as the row's own.
+        longest = max(max(self.lengths) + self._covered - self.prompt_length, self._aligned)
+        excess = self.cache.slots.size - longest
+        if excess >= _GAP_SLOTS and excess > _GAP_SHARE * longest:
+            self.cache.realign()
+            self._aligned = self.cache.slots.size
 
     def _write(self, buffer: Tensor, values: Tensor, counts: list[int]) -> None:
         """Put the first `counts[b]` of values `[batch, m]` behind each row's committed columns of a buffer."""
@@ -503,7 +523,12 @@ class Session:
 
     def _forward_anchor(self) -> Tensor:
         self.cache.stage(None if self._carry_all else self._carry[:, None])
-        return self._forward(self.anchor[:, None], self.cache.seen[:, None])[:, -1]
+        return self._forward(self.anchor[:, None], self._anchor_positions())[:, -1]
+
+    def _anchor_positions(self) -> Tensor:
+        """Position of each row's anchor, `[batch, 1]`; rows that have cached it may have no position left after it."""
+        seen = self.cache.seen[:, None]
+        return seen if self._carry_all else seen - (~self._carry[:, None]).long()
 
     def _forward_prompt(self, ids: Tensor, valid: Tensor | None, whole: bool) -> Tensor:
         start = self.cache.seen[:, None] if self.cache.batch else 0

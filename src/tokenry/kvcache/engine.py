@@ -26,7 +26,8 @@ class CachePolicy(Method):
 
     ``with policy(model):`` gives every forward of the model inside the block a cache that the policy keeps;
     ``policy.cache(model)`` makes one to pass as ``past_key_values``. Sliding-window layers keep their window; the
-    policy rules the full-attention layers.
+    policy rules the full-attention layers. The block holds in the thread that entered it; a thread started inside
+    runs without the policy unless it is started with ``contextvars.copy_context().run``.
 
     Args:
         budget: Slots that each full-attention layer and KV head holds after a forward.
@@ -42,18 +43,17 @@ class CachePolicy(Method):
 
     def validate(self) -> None:
         self.check("compact_every", "at least 1", self.compact_every >= 1)
-        least = max(self.protected(), 0) + 1
-        self.check(
-            "budget",
-            f"at least {least}",
-            self.budget >= least,
-            BudgetTooSmall,
-            "the protected tokens and one more must fit",
-        )
+        least = self.least()
+        why = "the protected tokens and one more must fit"
+        self.check("budget", f"at least {least}", self.budget >= least, BudgetTooSmall, why)
 
     def protected(self) -> int:
         """Slots that are kept whatever their score."""
         return 0
+
+    def least(self) -> int:
+        """The smallest budget."""
+        return self.protected() + 1
 
     @abstractmethod
     def score(self, layer: TokenLayer) -> Tensor:
@@ -113,7 +113,8 @@ def scramble(positions: Tensor, heads: int, seed: int) -> Tensor:
     mixed = mixed + seed * 1_013_904_223
     for shift, factor in ((16, 73_244_475), (15, 73_244_475), (16, 1)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFF_FFFF
-    return mixed.to(torch.float64) / 2**32
+    # Not float64, which some accelerators lack.
+    return mixed.to(torch.float32) / 2**32
 
 
 __all__ = ["AttentionRows", "CacheMisuse", "CachePolicy", "TokenLayer", "age_first", "scramble"]

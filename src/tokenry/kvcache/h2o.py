@@ -39,7 +39,11 @@ class H2O(CachePolicy):
         super().validate()
 
     def protected(self) -> int:
-        return min(math.floor(self.recent * self.budget), self.budget - 1) if self.recent < 1 else self.budget - 1
+        return math.floor(self.recent * self.budget)
+
+    def least(self) -> int:
+        # Without heavy hitters the newest tokens may hold the whole budget.
+        return 1
 
     def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
         return {"mass": torch.zeros(positions.shape[0], heads, positions.shape[1], device=positions.device)}
@@ -48,8 +52,10 @@ class H2O(CachePolicy):
         if self.decay == 1:
             layer.state["mass"] = layer.state["mass"] + rows.column_sums()
             return
-        age = torch.arange(rows.count - 1, -1, -1, device=layer.device)
-        layer.state["mass"] = layer.state["mass"] * self.decay**rows.count + rows.column_sums(self.decay**age)
+        # Each row of the batch decays by its own number of new tokens.
+        ages, counts = rows.ages()
+        faded = layer.state["mass"] * (self.decay**counts)[:, None, None]
+        layer.state["mass"] = faded + rows.column_sums(self.decay**ages)
 
     def score(self, layer: TokenLayer) -> Tensor:
         mass = layer.state["mass"]

@@ -31,7 +31,10 @@ class Random(CachePolicy):
         super().validate()
 
     def protected(self) -> int:
-        return min(math.floor(self.recent * self.budget), self.budget - 1)
+        return math.floor(self.recent * self.budget)
+
+    def least(self) -> int:
+        return 1
 
     def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
         return {"priority": scramble(positions, heads, self.seed)}

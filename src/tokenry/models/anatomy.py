@@ -89,6 +89,23 @@ def check_decoder(model: PreTrainedModel) -> None:
     windows(config, config.num_hidden_layers)
 
 
+def check_plain(model: PreTrainedModel) -> None:
+    """Refuse models in forms that Tokenry's attention has not been tested in.
+
+    Raises:
+        UnsupportedModel: The model is split over devices, quantised, compiled or carries adapters.
+    """
+    name = type(model).__name__
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise UnsupportedModel(f"{name} is split over several devices: load it onto one, without device_map")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(f"{name} is quantised: load its weights in float32, bfloat16 or float16")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModel(f"{name} is compiled: pass the model as it was before torch.compile")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(f"{name} carries adapters: merge them first (merge_and_unload)")
+
+
 def anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the parts of a decoder.
 

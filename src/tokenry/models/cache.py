@@ -60,6 +60,30 @@ class Policy(Protocol):
         ...
 
 
+class _Window:
+    """The rule of a sliding-window layer: the newest tokens stay, and some before them, so that a few can be taken
+    back."""
+
+    needs_attention = False
+    compact_every = 1
+    spare = _GROWTH // 2
+
+    def __init__(self, window: int) -> None:
+        self.budget = window + self.spare
+
+    def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
+        return {}
+
+    def observe(self, layer: TokenLayer, rows: AttentionRows) -> None: ...
+
+    def keep(self, layer: TokenLayer) -> Tensor | None:
+        if layer.size < self.budget + _GROWTH:
+            return None
+        valid, positions = layer.slots.materialise(layer.cache.batch, layer.device)
+        newest = positions.masked_fill(~valid, -1).topk(self.budget, -1).indices.sort(-1).values
+        return newest.expand(-1, layer.held()[0].shape[1], -1)
+
+
 class TokenLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[batch, kv_heads, slots, head_dim]``, in buffers with room to grow.
 
@@ -77,10 +101,10 @@ class TokenLayer(CacheLayerMixin):
         # A strong reference would keep a dropped cache, and the switch it holds, until the next garbage collection.
         self._cache = weakref.ref(cache)
         self.window = window
-        self.policy = cache.policy if window is None else None
-        self.slots = Slots() if self.policy is not None else cache.slots
+        self.policy: Policy | None = cache.policy if window is None else _Window(window)
+        self.slots = cache.slots if self.policy is None else Slots()
         self.state: dict[str, Tensor] = {}
-        self.size = 0
+        self._size = 0
         self.evicted = False
         self.pending: AttentionRows | None = None
         self.is_initialized = False
@@ -94,6 +118,19 @@ class TokenLayer(CacheLayerMixin):
         return cache
 
     # Storage ---------------------------------------------------------------------------------------------------------
+    @property
+    def size(self) -> int:
+        """Slots that are held."""
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        if self._keys is not None and self._values is not None:
+            for tensor in (self._keys, self._values):
+                slot = tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
+                self.cache.held_nbytes += (size - self._size) * slot
+        self._size = size
+
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the slots that are held."""
         if self._keys is None or self._values is None:
@@ -128,7 +165,8 @@ class TokenLayer(CacheLayerMixin):
         if self._keys is None or self._values is None:
             self.lazy_initialization(keys, values)
             # A prompt is kept as it came: no copy, and no more memory than it takes.
-            self._keys, self._values, self.size = keys, values, keys.shape[2]
+            self._keys, self._values = keys, values
+            self.size = keys.shape[2]
             return
         end = self.size + keys.shape[2]
         if end > self._keys.shape[2]:
@@ -137,10 +175,6 @@ class TokenLayer(CacheLayerMixin):
         self._keys[:, :, self.size : end] = keys
         self._values[:, :, self.size : end] = values
         self.size = end
-
-    def nbytes(self) -> int:
-        """Bytes of the slots that are held."""
-        return 0 if self._keys is None else sum(tensor.numel() * tensor.element_size() for tensor in self.held())
 
     # One forward -----------------------------------------------------------------------------------------------------
     def mask(self, block: Block) -> tuple[Tensor | None, bool]:
@@ -206,9 +240,10 @@ class TokenLayer(CacheLayerMixin):
     def gather(self, keep: Tensor) -> None:
         """Keep the slots ``keep`` ``[batch, kv_heads, kept]`` of each head and drop the others."""
         assert self._keys is not None and self._values is not None
-        index = keep.unsqueeze(-1)
-        self._keys = self._keys.gather(2, index.expand(-1, -1, -1, self._keys.shape[-1]))
-        self._values = self._values.gather(2, index.expand(-1, -1, -1, self._values.shape[-1]))
+        # Room for the tokens that come before slots are next dropped, so that none of them copies the rest once more.
+        room = keep.shape[-1] + (1 if self.policy is None else self.policy.compact_every)
+        picks = torch.cat([keep, keep[..., -1:].expand(-1, -1, room - keep.shape[-1])], -1)
+        self._keys, self._values = _picked(self._keys, picks), _picked(self._values, picks)
         self.size = keep.shape[-1]
         self.slots.gather(keep)
         for name, tensor in self.state.items():
@@ -255,9 +290,16 @@ class TokenLayer(CacheLayerMixin):
         self.state = {name: tensor.index_select(0, rows) for name, tensor in self.state.items()}
 
     def reset(self) -> None:
-        self.size, self._keys, self._values, self.state, self.evicted = 0, None, None, {}, False
+        self._size, self._keys, self._values, self.state, self.evicted = 0, None, None, {}, False
         self.is_initialized = False
-        self.slots = Slots() if self.policy is not None else self.cache.slots
+        self.slots = self.cache.slots if self.policy is None else Slots()
+
+
+def _picked(buffer: Tensor, picks: Tensor) -> Tensor:
+    """Slots ``picks`` ``[batch, heads, kept]`` of ``[batch, heads, slots, head_dim]``, copied whole rows at a time."""
+    batch, heads, slots, dim = buffer.shape
+    first = torch.arange(batch * heads, device=buffer.device).view(batch, heads, 1) * slots
+    return buffer.reshape(-1, dim).index_select(0, (picks + first).flatten()).view(batch, heads, -1, dim)
 
 
 def _grown(buffer: Tensor, room: int, used: int) -> Tensor:
@@ -285,12 +327,18 @@ class TokenCache(Cache):
         self.slots = Slots()
         self.total = 0
         """Columns the model has been fed, padding included: what transformers calls the sequence length."""
+        self.held_nbytes = 0
+        """Bytes of the keys and values that are held."""
         self.peak_nbytes = 0
+        """Most bytes that were held at any time, within a forward too."""
         self.on_release: Callable[[], None] | None = None
         self._seen: Tensor | None = None
+        # Columns of left padding in each row, and whether rows have gaps behind them.
+        self._lead: Tensor | None = None
+        self._ragged = False
         self._staged: tuple[Tensor | None, Tensor | None, bool] | None = None
         self._block: Block | None = None
-        config = text_config(model)
+        self.config = config = text_config(model)
         spans = windows(config, config.num_hidden_layers)
         if policy is not None and None not in spans:
             raise UnsupportedModel(
@@ -336,8 +384,7 @@ class TokenCache(Cache):
             relation: ``[1 or batch, new, new]`` bool, which new token sees which; None: causal.
             deferred: Leave the new slots open until :meth:`commit` says which stay.
         """
-        if self._block is not None:
-            raise CacheMisuse("the last block is still open: call commit before the next forward")
+        self.ready()
         self._staged = (valid, relation, deferred)
 
     def commit(self, path: Tensor, counts: Tensor) -> None:
@@ -366,6 +413,7 @@ class TokenCache(Cache):
         positions = None if contiguous else self.seen_before[:, None] + torch.arange(take, device=self.device)
         self.slots.append(take, valid, positions, self.batch, self.device)
         self._seen = None if contiguous and self._seen is None else self.seen_after
+        self._ragged |= valid is not None
         self.total += take
         self._block = None
 
@@ -398,8 +446,9 @@ class TokenCache(Cache):
         for layer in self.layers:
             layer.select(rows)
         self.slots.select(rows)
-        if self._seen is not None:
-            self._seen = self._seen.index_select(0, rows)
+        self._seen = None if self._seen is None else self._seen.index_select(0, rows)
+        self._lead = None if self._lead is None else self._lead.index_select(0, rows)
+        self._recount()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest slots, ``tokens_to_remove`` being their negative number as in transformers.
@@ -407,23 +456,30 @@ class TokenCache(Cache):
         Raises:
             CacheMisuse: The policy has dropped tokens already, so the state before them is gone.
         """
-        drop = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) is not allowed: give the number of tokens to drop as a negative number"
+            )
+        drop = -tokens_to_remove
         if drop == 0:
             return
-        if any(layer.evicted for layer in self.layers):
-            raise CacheMisuse(
-                "a budgeted cache that has dropped tokens cannot go back: run assisted generation with a budget above "
-                "the whole length, or one of Tokenry's drafters, which verify before they drop"
-            )
-        if self.slots.valid is not None:
-            self._seen = self.seen - self.slots.valid[:, 0, -drop:].sum(-1)
+        for layer in self.layers:
+            if layer.evicted and not (isinstance(layer.policy, _Window) and drop <= layer.policy.spare):
+                raise CacheMisuse(
+                    "a cache that has dropped tokens cannot go back: run assisted generation with a budget above the "
+                    "whole length, or one of Tokenry's drafters, which verify before they drop"
+                )
+        # Columns that came in on the model's own attention have no slots yet.
+        counted = max(0, self.slots.size - (self.total - drop))
+        if self.slots.valid is not None and counted:
+            self._seen = self.seen - self.slots.valid[:, 0, -counted:].sum(-1)
         self.total -= drop
+        self.slots.crop(self.slots.size - counted)
         for layer in self.layers:
             layer.size -= drop
             layer.state = {name: tensor[..., :-drop] for name, tensor in layer.state.items()}
             if layer.slots is not self.slots:
-                layer.slots.crop(layer.size)
-        self.slots.crop(self.slots.size - drop)
+                layer.slots.crop(min(layer.slots.size, layer.size))
 
     def compact(self) -> None:
         """Drop the slots that hold no real token in any row."""
@@ -432,19 +488,56 @@ class TokenCache(Cache):
         used = self.slots.valid.any(0).any(0)
         if not bool(used.all()):
             index = used.nonzero()[:, 0]
-            for layer in self.layers:
-                layer._keys, layer._values = (tensor.index_select(2, index) for tensor in layer.held())
+            for layer in self._sharing():
+                keys, values = layer.held()
                 layer.size = index.numel()
+                layer._keys, layer._values = keys.index_select(2, index), values.index_select(2, index)
             self._seen = self.seen
             self.slots.gather(index.expand(self.batch, 1, -1))
         if self.slots.contiguous():
             # Nothing is left to hide, so masks are not needed any more.
-            self.slots.valid = self.slots.positions = self._seen = None
+            self.slots.valid = self.slots.positions = self._seen = self._lead = None
+            self._ragged = False
             self.total = self.slots.size
+
+    def realign(self) -> None:
+        """Close the gaps that rows of unequal progress leave, so that no row is longer than its tokens and padding."""
+        if self.policy is not None or not self._ragged:
+            return
+        columns, valid, positions = self._columns(self.slots, None)
+        for layer in self._sharing():
+            keys, values = layer.held()
+            layer.size = columns.shape[1]
+            picks = columns[:, None].expand(-1, keys.shape[1], -1)
+            layer._keys, layer._values = _picked(keys, picks), _picked(values, picks)
+        self._seen = self.seen
+        self.slots.size = self.total = columns.shape[1]
+        self.slots.valid, self.slots.positions = valid[:, None], positions[:, None]
+        # Rows that are shorter than the longest end in slots without a token, which the next tokens stand behind.
+        self._ragged = not bool(valid[:, -1].all())
+
+    def _sharing(self) -> list[TokenLayer]:
+        """The layers that hold every token of the cache."""
+        return [layer for layer in self.layers if layer.slots is self.slots]
+
+    def _columns(self, slots: Slots, last: int | None, end: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The slot that stands in each column of aligned rows, whether there is one, and its position, each
+        ``[batch, columns]``: of the first ``end`` columns, or as many as the longest row has, the ``last``, or all."""
+        held, places = slots.copy().materialise(self.batch, self.device)
+        lead = self._lead if self._lead is not None else torch.zeros_like(self.seen)
+        end = int((lead + self.seen).max()) if end is None else end
+        start = 0 if last is None else max(0, end - last)
+        positions = torch.arange(start, end, device=self.device) - lead[:, None]
+        match = (places[:, :1] == positions[:, :, None]) & held[:, :1]
+        return match.byte().argmax(-1), match.any(-1), positions.clamp(min=0)
+
+    def _recount(self) -> None:
+        filled = [layer for layer in self.layers if layer.is_initialized]
+        self.held_nbytes = sum(part.numel() * part.element_size() for layer in filled for part in layer.held())
 
     def nbytes(self) -> int:
         """Bytes of the keys and values that are held."""
-        return sum(layer.nbytes() for layer in self.layers)
+        return self.held_nbytes
 
     def kept_positions(self) -> list[Tensor]:
         """For each layer the positions it holds, ``[batch, 1 or kv_heads, slots]``, -1 where a slot holds no token."""
@@ -454,25 +547,33 @@ class TokenCache(Cache):
             kept.append(positions.masked_fill(~valid, -1))
         return kept
 
-    def to_dynamic(self) -> DynamicCache:
+    def to_dynamic(self, length: int | None = None) -> DynamicCache:
         """The same keys and values as transformers' own cache: each row's tokens contiguous behind its left padding,
         rows that ended early padded on the right with zeros.
+
+        Args:
+            length: Columns to hand over; None: as many as the longest row has.
 
         Raises:
             CacheMisuse: A policy has dropped tokens.
         """
-        if any(layer.evicted for layer in self.layers):
+        if self.policy is not None and any(layer.evicted for layer in self.layers):
             raise CacheMisuse(
                 "a budgeted cache holds too few tokens for a DynamicCache: pass it on as it is, inside the block"
             )
-        dynamic = DynamicCache()
-        valid = self.slots.valid
-        for number, layer in enumerate(self.layers):
+        lead = 0 if self._lead is None else self._lead
+        end = int((self.seen + lead).max()) if length is None else length
+        tensors = []
+        for layer in self.layers:
             keys, values = layer.held()
-            if valid is not None:
-                keys, values = _realigned(keys, valid[:, 0]), _realigned(values, valid[:, 0])
-            dynamic.update(keys, values, number)
-        return dynamic
+            if layer.window is None and self.slots.valid is None:
+                tensors.append((keys[:, :, :end], values[:, :, :end]))
+                continue
+            columns, valid, _ = self._columns(layer.slots, None if layer.window is None else layer.window - 1, end)
+            picks = columns[:, None].expand(-1, keys.shape[1], -1)
+            real = valid[:, None, :, None]
+            tensors.append((_picked(keys, picks) * real, _picked(values, picks) * real))
+        return compat.filled(self.config, tensors, end)
 
     @classmethod
     def from_dynamic(cls, model: PreTrainedModel, dynamic: DynamicCache, valid: Tensor | None = None) -> TokenCache:
@@ -494,7 +595,8 @@ class TokenCache(Cache):
         positions = None if valid is None else valid.cumsum(-1) - 1
         cache.slots.append(cache.layers[0].size, valid, positions, cache.batch, cache.device)
         cache.total = cache.layers[0].size
-        cache._seen = None if valid is None else valid.sum(-1)
+        if valid is not None:
+            cache._seen, cache._lead = valid.sum(-1), valid.int().argmax(-1)
         return cache
 
     # The forward, driven by the attention function -------------------------------------------------------------------
@@ -507,10 +609,12 @@ class TokenCache(Cache):
             self._staged = None
         else:
             relation, deferred = None, False
-            # The newest row of the mask sees every real token, so it tells which of the new columns are real.
-            valid = None if mask is None else (mask if mask.ndim == 2 else mask[:, 0, -1])[:, -new:].to(torch.bool)
-            if valid is not None and bool(valid.all()):
-                valid = None
+            if mask is not None and mask.ndim != 2:
+                raise CacheMisuse(
+                    f"a mask of {mask.ndim} dimensions came to a TokenCache, which makes its layers' masks itself: "
+                    "pass the 2-D mask of padding, or say who sees whom with cache.stage(relation=...)"
+                )
+            valid = None if mask is None or bool(mask[:, -new:].all()) else mask[:, -new:].to(torch.bool)
         if self.slots.size < self.total and self.slots.positions is None:
             self._catch_up(mask, device)
         block = Block(new, valid, relation, deferred)
@@ -527,20 +631,28 @@ class TokenCache(Cache):
     def _catch_up(self, mask: Tensor | None, device: torch.device) -> None:
         """Account for columns that came in on the model's own attention, whose padding only the mask knows."""
         missing = slice(self.slots.size, self.total)
-        valid = None if mask is None or mask.ndim != 2 else mask[:, missing].to(torch.bool)
+        valid = None if mask is None else mask[:, missing].to(torch.bool)
         if valid is None or bool(valid.all()):
             self.slots.append(self.total - self.slots.size, None, None, self.batch, device)
             return
         self.slots.append(valid.shape[-1], valid, valid.cumsum(-1) - 1 + self.slots.size, self.batch, device)
         assert self.slots.valid is not None
-        self._seen = self.slots.valid[:, 0].sum(-1)
+        self._seen, self._lead = self.slots.valid[:, 0].sum(-1), self.slots.valid[:, 0].int().argmax(-1)
+
+    def ready(self) -> None:
+        """Refuse a forward while a block is open."""
+        if self._block is not None:
+            raise CacheMisuse("the last block is still open: call commit before the next forward")
 
     def finish(self) -> None:
         """After a forward: account for its tokens, unless they wait for a commit."""
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes())
         block = self._block
         if block is None or block.deferred:
             return
+        if self.total == 0 and block.valid is not None:
+            self._lead = block.valid.int().argmax(-1)
+        elif block.valid is not None:
+            self._ragged = True
         self.slots.append(block.new, block.valid, block.positions, self.batch, self.device)
         self.total += block.new
         self._seen = None if self.slots.valid is None and self.slots.positions is None else self.seen_after
@@ -554,12 +666,16 @@ class TokenCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        attached = _current() is self
+        if not attached and self.policy is None and (self._ragged or any(layer.evicted for layer in self.layers)):
+            raise CacheMisuse(
+                "this cache has gaps or has dropped tokens, which the model's own attention knows nothing of: go on "
+                "inside a block, or with cache.to_dynamic()"
+            )
         keys, values = self.layers[layer_idx].update(key_states, value_states)
-        if _current() is not self and layer_idx == len(self.layers) - 1:
+        self.peak_nbytes = max(self.peak_nbytes, self.held_nbytes)
+        if not attached and layer_idx == len(self.layers) - 1:
             self.total = self.layers[0].size
-            self.peak_nbytes = max(self.peak_nbytes, self.nbytes())
-        elif self.policy is not None:
-            self.peak_nbytes = max(self.peak_nbytes, self.nbytes())
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -577,8 +693,9 @@ class TokenCache(Cache):
         self.select(indices if indices.dtype == torch.long else indices.nonzero()[:, 0])
 
     def reset(self) -> None:
-        self.slots, self.total, self._seen = Slots(), 0, None
+        self.slots, self.total, self._seen, self._lead, self._ragged = Slots(), 0, None, None, False
         self._staged = self._block = None
+        self.held_nbytes = 0
         for layer in self.layers:
             layer.reset()
 
@@ -586,18 +703,6 @@ class TokenCache(Cache):
         release = getattr(self, "on_release", None)
         if release is not None:
             release()
-
-
-def _realigned(tensor: Tensor, valid: Tensor) -> Tensor:
-    """Close the gaps behind each row's first real slot; ``tensor`` ``[batch, heads, slots, dim]``."""
-    lead = valid.int().argmax(-1, keepdim=True)
-    column = torch.arange(valid.shape[-1], device=valid.device)
-    held = valid | (column < lead)
-    order = held.byte().argsort(dim=-1, descending=True, stable=True)
-    filled = column < held.sum(-1, keepdim=True)
-    longest = int(held.sum(-1).max())
-    moved = tensor.gather(2, order[:, None, :, None].expand_as(tensor))
-    return (moved * filled[:, None, :, None])[:, :, :longest]
 
 
 _thread = threading.local()

@@ -33,6 +33,25 @@ def implementation(model: PreTrainedModel) -> str:
     return model.config._attn_implementation or "eager"
 
 
+def settings(model: PreTrainedModel) -> list[tuple[Any, str]]:
+    """The configuration of the model and of each model inside it, with the attention implementation it names."""
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            configs[id(module.config)] = module.config
+            for name in module.config.sub_configs:
+                part = getattr(module.config, name, None)
+                if part is not None:
+                    configs[id(part)] = part
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def restore(found: list[tuple[Any, str]]) -> None:
+    """Put back what :func:`settings` found; the public setter would give every part the same."""
+    for config, name in found:
+        config._attn_implementation_internal = name
+
+
 def can_switch(model: PreTrainedModel) -> bool:
     """Whether the model's code asks the registry for its attention; others ignore a switch with only a warning."""
     return bool(model._can_set_attn_implementation())
@@ -46,3 +65,14 @@ def dynamic_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor
 def is_callers(cache: object) -> bool:
     """Whether `generate` was given the cache by its caller, who then keeps it."""
     return bool(getattr(cache, "_is_user_defined", False))
+
+
+def filled(config: Any, tensors: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> DynamicCache:
+    """A ``DynamicCache`` that holds keys and values and has seen ``length`` columns."""
+    cache = DynamicCache(config=config)
+    for layer, (keys, values) in zip(cache.layers, tensors, strict=True):
+        layer.lazy_initialization(keys, values)  # type: ignore[union-attr]
+        layer.keys, layer.values = keys, values  # type: ignore[union-attr]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = length
+    return cache

@@ -42,7 +42,7 @@ class AttentionRows:
         float64 where the model runs in it): ``[batch, kv_heads, rows, slots]``."""
         stop = self.count if stop is None else stop
         if self._rows is not None:
-            return self._rows[:, :, start:stop]
+            return self._rows[:, :, start:stop]  # rows of padding are zeros here already
         batch, heads, _, dim = self.query.shape
         wide = torch.promote_types(self.query.dtype, torch.float32)
         query = self.query[:, :, start:stop].view(batch, heads // self.groups, self.groups, stop - start, dim)
@@ -64,18 +64,27 @@ class AttentionRows:
         """What each slot received from all rows, ``[batch, kv_heads, slots]``, summed in blocks of rows.
 
         Args:
-            weights: ``[rows]`` factor of each row; None: 1.
+            weights: ``[batch, rows]`` factor of each row; None: 1.
         """
         total: Tensor | None = None
         for start in range(0, self.count, _ROWS):
             stop = min(start + _ROWS, self.count)
             rows = self.rows(start, stop)
             if weights is not None:
-                rows = rows * weights[start:stop, None]
+                rows = rows * weights[:, None, start:stop, None]
             part = rows.sum(2)
             total = part if total is None else total + part
         assert total is not None
         return total
+
+    def ages(self) -> tuple[Tensor, Tensor]:
+        """How many real rows of its batch row come after each row ``[1 or batch, rows]``, and how many there are in
+        all ``[1 or batch]``."""
+        if self.valid is None:
+            order = torch.arange(1, self.count + 1, device=self.key.device)[None]
+        else:
+            order = self.valid.long().cumsum(-1)
+        return (order[:, -1:] - order).clamp(min=0), order[:, -1]
 
     def kept(self) -> AttentionRows:
         """The same with the probabilities computed now, for blocks whose committed rows are not known yet."""
@@ -101,6 +110,6 @@ class AttentionRows:
                 * valid[:, None, :, None]
                 * torch.cat([valid.new_ones(valid.shape[0], base), valid], -1)[:, None, None]
             )
-        other = AttentionRows(self.query, self.key, None, False, self.scaling)
+        other = AttentionRows(self.query, self.key, None, False, self.scaling, valid=valid)
         other._rows, other.count = rows, rows.shape[2]
         return other

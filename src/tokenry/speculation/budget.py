@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from tokenry.generation.engine import Session
-from tokenry.models import TokenCache
+from tokenry.models import TokenCache, context_length
 
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 81)
 _ROUNDS = 5
@@ -19,13 +19,17 @@ _lock = threading.Lock()
 
 
 def forward_costs(session: Session, sizes: Sequence[int] = _SIZES) -> list[float]:
-    """Seconds of a forward over 0, 1, 2, ... `sizes[-1]` tokens and row, read by number of tokens.
+    """Seconds of a forward over 0, 1, 2, ... `sizes[-1]` tokens and row, read by number of tokens; a model of a shorter
+    context is measured up to its length.
 
     Measured once per process for a model, batch, device and dtype, with an empty cache, and linear between the sizes.
     Whatever else the machine does only adds time, so the least of a few rounds over all sizes counts, and no size costs
     more than a larger one.
     """
     model = session.model
+    longest = context_length(model)
+    if longest is not None and longest < sizes[-1]:
+        sizes = (*(size for size in sizes if size < longest), longest)
     key = (session.batch, session.device, model.dtype, tuple(sizes))
     with _lock:
         known = _costs.setdefault(model, {})
@@ -107,7 +111,8 @@ def best_nodes(
     """The nodes of a template, root included and ascending, whose tree gives most tokens a second.
 
     A node counts with the chance that all of its path is accepted; for every size the likeliest nodes are taken, which
-    always hold their parents, and the size with the best ratio of expected tokens to measured cost wins.
+    always hold their parents, and the size with the best ratio of expected tokens to measured cost wins. Sizes beyond
+    the measured ones are not taken.
     """
     reach = [1.0]
     for node in range(1, len(parents)):

@@ -239,6 +239,8 @@ def _walk_at_once(session: Session, tree: DraftTree, logits: Tensor, limit: Tens
     if tree.valid is not None:
         fits &= tree.valid
         fits[:, 0] = True
+    if session.do_sample and not shape.is_chain:
+        fits &= ~_repeated(tree)
     if shape.is_chain:
         last = fits.long().cumprod(1).sum(1) - 1
         path = torch.arange(n, device=logits.device).expand(batch, n)
@@ -251,6 +253,15 @@ def _walk_at_once(session: Session, tree: DraftTree, logits: Tensor, limit: Tens
         path = torch.where(ancestors, nodes, n - 1).sort(1).values[:, : shape.deepest + 1]
     counts = depth.gather(1, last[:, None])[:, 0] + 1
     return Walk(path, counts, chosen.gather(1, path), _gathered(scores, path) if session.want_scores else None)
+
+
+def _repeated(tree: DraftTree) -> Tensor:
+    """Nodes with a real elder sibling of the same token, bool `[batch, n]`. Each would be judged by a sample of its own
+    for the text that it shares, and the deepest walk would pick the sample that its drafts fit."""
+    parents, nodes = tree.shape.parents, torch.arange(tree.shape.size, device=tree.tokens.device)
+    same = (parents[:, :, None] == parents[:, None, :]) & (nodes[:, None] > nodes)
+    same = same & (tree.tokens[:, :, None] == tree.tokens[:, None, :])
+    return same.any(-1) if tree.valid is None else (same & tree.valid[:, None, :]).any(-1)
 
 
 def _walk_down(session: Session, tree: DraftTree, logits: Tensor, limit: Tensor) -> Walk:
