@@ -269,7 +269,9 @@ def attach(model: PreTrainedModel) -> None:
 def detach(model: PreTrainedModel) -> None:
     """Leave what :func:`attach` entered; the last one to leave restores the model's own setting."""
     with _lock:
-        attachment = _attachments[model]
+        attachment = _attachments.get(model)
+        if attachment is None:  # the model went before a cache that held it switched
+            return
         attachment.count -= 1
         if attachment.count == 0:
             _attachments.pop(model).undo()

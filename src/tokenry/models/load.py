@@ -84,6 +84,8 @@ def _tokenizer(where: str, revision: str | None, trust_remote_code: bool) -> Any
     try:
         return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if not Path(where).is_dir():
+            raise ResourceError(f"cannot load {where!r}: {_first_line(error)}") from error
         raise MissingTokenizer(
             f"{where!r} has no tokenizer that loads ({_first_line(error)}): save one into the folder with "
             "tokenizer.save_pretrained(folder)"
