@@ -83,6 +83,7 @@ def test_methods_lists_what_is_available_and_with_all_the_73(capsys):
     assert cli.main(["methods", "--all"]) == 0
     out = capsys.readouterr().out
     assert "reagent" in out and "(not available yet)" in out
+    assert " of 73 papers available; " in out and "baselines and peers" in out
     assert cli.main(["methods", "--all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert sum(row["kind"] == "paper" for row in found) == 73
@@ -92,6 +93,10 @@ def test_methods_lists_what_is_available_and_with_all_the_73(capsys):
 def test_methods_of_a_family_and_by_name(capsys):
     assert cli.main(["methods", "--family", "kvcache", "--json"]) == 0
     assert {row["family"] for row in json.loads(capsys.readouterr().out)} == {"kvcache"}
+    assert cli.main(["methods", "--family", "tokenization"]) == 0
+    out = capsys.readouterr().out
+    # Whether a family has a method yet changes with time.
+    assert "available" in out and "--all lists" in out
     assert cli.main(["methods", "h2o"]) == 0
     assert "budget=256" in capsys.readouterr().out
     assert "no family" in fails(capsys, 2, "methods", "--family", "kv")
@@ -261,6 +266,9 @@ def test_a_model_that_a_method_cannot_serve(capsys, prompts, tmp_path):
         (["compare", "--repeats", "0"], "--repeats"),
         (["compare", "--workload", "cod", "--methods", "plain"], "no workload 'cod'"),
         (["generate"], "PROMPT"),
+        (["generate", "x", "--top-p", "1.5"], "--top-p"),
+        (["generate", "x", "--top-k", "-1"], "--top-k"),
+        (["compare", "--top-p", "1.5"], "--top-p"),
     ],
 )
 def test_misuse_of_the_command_line(capsys, folder, arguments, words):
@@ -298,6 +306,12 @@ def test_generate_json(capsys, folder):
     assert len(data["tokens"]) == len(data["sources"]) <= 9
     assert data["method"] == arguments[-1] and data["setting"] == "greedy" and data["stats"]["forwards"] > 0
     assert "passes" in err
+
+
+def test_generate_json_names_what_ran(capsys, folder):
+    arguments = ["generate", "def f(", "--model", folder, "--method", "prompt-lookup+h2o:budget=16", "--json"]
+    assert cli.main([*arguments, "--max-new-tokens", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "prompt-lookup+h2o:budget=16;compact_every=16"
 
 
 def test_generate_samples_with_a_seed(capsys, folder):
@@ -361,3 +375,54 @@ def test_bench_model(capsys, tmp_path):
     assert set(data["bits_per_byte"]) == {"model", "gzip", "xz"} and data["bits_per_byte"]["model"] > 1
     assert set(data["recall"]) >= {"all", "0.1"} and 0 <= data["edit"] <= 1
     assert "recall at 1500 tokens" in err
+
+
+def test_bench_model_has_a_draft_only_beside_the_bundled_model(capsys, monkeypatch):
+    from tokenry import evaluation, models
+
+    asked = []
+    monkeypatch.setattr(cli, "_load", lambda *args: (object(), object()))
+    monkeypatch.setattr(models, "resource", lambda name, model: asked.append(name))
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "bench_model", stopped)
+    for arguments in ([], ["--model", "./mine"], ["--model", "./mine", "--draft", "./small"], ["--draft", "none"]):
+        assert cli.main(["bench", "model", *arguments]) == 130
+    assert asked == ["tokenry/code-draft", "./small"]
+
+
+# --- output files and exit codes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["compare"], ["bench", "model"], ["bench", "speculation"]], ids=" ".join)
+def test_output_paths_are_checked_before_anything_is_loaded(capsys, monkeypatch, tmp_path, command):
+    def loaded(*args):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "_load", loaded)
+    (tmp_path / "file").write_text("")
+    assert "is a folder" in fails(capsys, 2, *command, "--json", tmp_path)
+    assert "cannot be written" in fails(capsys, 2, *command, "--json", tmp_path / "file" / "r.json")
+    if command == ["compare"]:
+        assert "--html" in fails(capsys, 2, *command, "--html", tmp_path)
+    monkeypatch.setattr(cli.os, "access", lambda *args: False)
+    assert "permission" in fails(capsys, 2, *command, "--json", tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]], ids=["root", "bench"])
+def test_without_arguments_the_help_is_all_that_is_said(capsys, arguments):
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "Usage" in out + err and "tokenry: " not in err
+
+
+def test_the_module_exits_with_the_commands_code():
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenry", "methods", "h20"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert done.returncode == 2 and "did you mean h2o" in done.stderr

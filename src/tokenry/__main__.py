@@ -1,6 +1,8 @@
 """`python -m tokenry` is the `tokenry` command."""
 
+import sys
+
 from tokenry.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

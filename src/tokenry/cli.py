@@ -123,7 +123,7 @@ def compare(
     tail: Annotated[int | None, typer.Option(min=1, help="Keep the last so many tokens of each prompt.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end of text.")] = False,
     temperature: Annotated[float, typer.Option(help="Of methods that sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of methods that sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of methods that sample.")] = 1.0,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Draws a sampled prompt; by default 3 on arithmetic, else 1.")
     ] = None,
@@ -155,6 +155,8 @@ def compare(
     workloads: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = names or None
     if demo and not names and prompts is None:
         workloads = DEMO_WORKLOADS
+    _check_output("--json", json_path)
+    _check_output("--html", html)
     loaded, tokenizer = _load(model, dtype, device)
     result = run(
         loaded,
@@ -200,8 +202,8 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy; by default 0, and 1 for methods that sample.")
     ] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus limit when sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Top-k limit when sampling; 0 is none.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus limit when sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Top-k limit when sampling; 0 is none.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End at this text; may be repeated.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print counts to standard error.")] = False,
@@ -212,9 +214,9 @@ def generate(
     """Continue a text, streamed to standard output."""
     from tokenry.evaluation import Setting, samples
     from tokenry.generation import generate as run
-    from tokenry.methods import method as read
+    from tokenry.generation.full import effective
 
-    chosen = read(method)
+    chosen = effective(method)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise BadPrompt("the prompt is empty; give a text to continue")
@@ -274,16 +276,20 @@ def methods(
         else:
             typer.echo(describe(name))
         return OK
-    found = [row for row in rows(unavailable=everything) if family in (None, row.family)]
-    if family is not None and not found:
+    known = [row for row in rows(unavailable=True) if family in (None, row.family)]
+    if not known:
         raise BadParameter(f"no family {family!r} has methods to list; there are {', '.join(FAMILIES)}")
+    found = [row for row in known if row.available or everything]
     if as_json:
         _print_json([{**asdict(row), "available": row.available} for row in found])
+        return OK
+    console = _console()
+    if not found:
+        console.print(f"no method of {family} is available yet; --all lists them", highlight=False)
         return OK
     from rich.table import Table
     from rich.text import Text
 
-    console = _console()
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
@@ -295,8 +301,16 @@ def methods(
                 style = "" if row.available else "dim"
                 table.add_row(Text(f"  {row.slug}", style=style), Text(row.summary + mark, style=style))
     console.print(table)
-    ready = sum(row.available for row in found)
-    console.print(f"{ready} available" + (f", {len(found) - ready} to come" if everything else "; --all lists all"))
+    groups = {
+        "papers": [row for row in known if row.kind == "paper"],
+        "baselines and peers": [row for row in known if row.kind in ("baseline", "peer")],
+        "methods of other packages": [row for row in known if row.kind == "external"],
+    }
+    counts = [
+        f"{sum(row.available for row in group)} of {len(group)} {name}" for name, group in groups.items() if group
+    ]
+    line = f"{counts[0]} available" + "".join(f"; {count}" for count in counts[1:])
+    console.print(line + ("" if everything else "; --all lists all"), highlight=False)
     return OK
 
 
@@ -310,8 +324,13 @@ def methods(
 def bench_model(
     model: Model = "tokenry/code",
     draft: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A second model to show beside; none to leave it out.")
-    ] = "tokenry/code-draft",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A second model to show beside, none to leave it out; by default tokenry/code-draft beside "
+            "tokenry/code, and none beside others.",
+        ),
+    ] = None,
     text_bytes: Annotated[
         int, typer.Option("--bytes", min=1, help="About how many bytes of held-out source to read.")
     ] = 1_000_000,
@@ -326,6 +345,9 @@ def bench_model(
     from tokenry.evaluation import bench_model as run
     from tokenry.models import resource
 
+    if draft is None and model == "tokenry/code":
+        draft = "tokenry/code-draft"
+    _check_output("--json", json_path)
     loaded, tokenizer = _load(model, dtype, device)
     second = resource(draft, loaded) if draft and draft != "none" and draft != model else None
     figures = run(loaded, tokenizer, draft=second, text_bytes=text_bytes, count=limit, batch_size=batch_size, seed=seed)
@@ -360,6 +382,7 @@ def bench_speculation(
     from tokenry.methods import method
 
     chosen = [method(text) for text in _methods(methods) or SPECULATION_METHODS]
+    _check_output("--json", json_path)
     loaded, tokenizer = _load(model, dtype, device)
     code, found = OK, []
     for result in run(
@@ -488,6 +511,21 @@ def _show(result: Any, text: str, json_path: str | None) -> None:
     _write_json(text, json_path)
 
 
+def _check_output(option: str, path: str | Path | None) -> None:
+    """Raise before anything is measured if a file could not be written after; make its folder."""
+    if path is None or path == "-":
+        return
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadParameter(f"{option} {path} cannot be written: {error.strerror or error}") from error
+    if path.is_dir():
+        raise BadParameter(f"{option} {path} is a folder; name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BadParameter(f"{option} {path} cannot be written: permission denied")
+
+
 def _write_json(text: str, json_path: str | None) -> None:
     if json_path == "-":
         typer.echo(text)
@@ -541,8 +579,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    typer.echo(f"tokenry: {line}", err=True)
+    # Without arguments the help is all that is said.
+    if line := " ".join(message.split()):
+        typer.echo(f"tokenry: {line}", err=True)
     return code
 
 

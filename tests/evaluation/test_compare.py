@@ -3,14 +3,15 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import tokenry
 from tests.evaluation import tiny_text
-from tokenry.errors import BadParameter, BadPrompt, MethodNotFound, PromptTooLong
-from tokenry.evaluation import Comparison, comparison
+from tokenry.errors import BadParameter, BadPrompt, MethodNotFound, PromptTooLong, ResourceError
+from tokenry.evaluation import Comparison, bench_model, bench_speculation, comparison
 from tokenry.evaluation.running import Setting, Variant
 from tokenry.workloads import Example
 
@@ -202,10 +203,11 @@ def test_interruption_returns_complete_pairs(monkeypatch):
         return run(variant, *args, **kwargs)
 
     monkeypatch.setattr(comparison, "run", interrupted)
-    found = compare(methods=["plain"], prompts=PROMPTS * 2)
+    found = compare(methods=["plain"], prompts=PROMPTS * 7, repeats=7)
     assert found.partial and [row.speed.count for row in found.rows] == [1, 1]
     assert "Interrupted" in str(found) and json.loads(found.to_json())["partial"] is True
-    assert "Interrupted" in found.to_html()
+    page = found.to_html()
+    assert "Interrupted" in page and "1 interleaved pair," in page and "Fewer than 7 pairs" in page
 
 
 def test_interruption_before_the_first_pair_still_returns(monkeypatch):
@@ -254,6 +256,8 @@ def test_order_rotates(monkeypatch):
         ({"repeats": 0}, BadParameter, "at least 1"),
         ({"batch_size": 0}, BadParameter, "batch_size=0"),
         ({"temperature": 0.0}, BadParameter, "temperature"),
+        ({"top_p": 1.5}, BadParameter, "top_p"),
+        ({"methods": []}, BadParameter, "no methods"),
     ],
 )
 def test_refusals(options, error, words):
@@ -285,3 +289,50 @@ def test_settings_say_themselves():
 def test_json_has_no_nan():
     assert comparison.Comparison(rows=()).to_dict()["rows"] == []
     assert math.isnan(comparison.Spread.of([]).median)
+
+
+def test_a_row_is_named_after_what_ran():
+    asked, ran = "token-recycling+h2o:budget=16", "token-recycling+h2o:budget=16;compact_every=16"
+    found = compare(methods=[asked, "h2o:budget=16"], text="some text to read " * 8)
+    row = found.row(ran)
+    assert row.method == row.label == ran and found.row(asked) is row
+    assert row.bits_per_byte != found.row("h2o:budget=16").bits_per_byte
+
+
+def test_prompts_without_an_answer_are_not_scored():
+    examples = [Example("abc", "x", lambda output: 0.0), Example("d", "", lambda output: 1.0)]
+    found = tokenry.compare(MODEL, TOKENIZER, {"mine": examples}, ["plain"], repeats=1, max_new_tokens=4)
+    assert found.row("plain").quality == 0
+    assert compare(methods=["plain"]).row("plain").quality is None
+
+
+def test_a_path_is_never_a_workloads_name(tmp_path):
+    with pytest.raises(BadPrompt, match="no prompt file"):
+        compare(prompts=Path("arithmetic"))
+    with pytest.raises(BadPrompt, match="no prompt file"):
+        compare(prompts=tmp_path)
+
+
+def test_every_batch_size_is_warmed_up(monkeypatch):
+    run, calls = comparison.run, []
+
+    def noted(variant, model, tokenizer, batch, options, **kwargs):
+        calls.append((variant.label, len(batch.examples), options["max_new_tokens"]))
+        return run(variant, model, tokenizer, batch, options, **kwargs)
+
+    monkeypatch.setattr(comparison, "run", noted)
+    compare(methods=["plain"], batch_size=2, repeats=1)
+    assert calls[:4] == [("transformers", 2, 8), ("plain", 2, 8), ("transformers", 1, 8), ("plain", 1, 8)]
+    assert len(calls) == 8 and {tokens for *_, tokens in calls[4:]} == {16}
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    draft = tiny_text.model(layers=1)
+    draft.resize_token_embeddings(300)
+    with pytest.raises(ResourceError, match="300 tokens"):
+        bench_model(MODEL, TOKENIZER, draft=draft)
+
+
+def test_new_tokens_that_fill_the_context_are_refused():
+    with pytest.raises(PromptTooLong, match="context of 256"):
+        next(bench_speculation(MODEL, TOKENIZER, PROMPTS, max_new_tokens=256))

@@ -7,6 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.evaluation import tiny_text
 from tokenry.errors import BadParameter, BadPrompt, MethodNotFound, PromptTooLong
 from tokenry.generation import generate
+from tokenry.generation.full import effective
 from tokenry.kvcache import H2O
 from tokenry.methods import method
 from tokenry.models import active_policy
@@ -140,3 +141,17 @@ def test_speculation_with_eviction_equals_eviction_alone(model, tokenizer):
         assert both.new_tokens == alone.new_tokens
         kept, wanted = both.past_key_values.kept_positions(), alone.past_key_values.kept_positions()
         assert all(map(torch.equal, kept, wanted))
+
+
+def test_new_tokens_below_one_are_refused(model, tokenizer):
+    for options in ({"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_length": 0}):
+        with pytest.raises(BadParameter, match="must be at least 1"):
+            generate(model, tokenizer, "a", **options)
+
+
+def test_a_policy_beside_a_drafter_drops_every_16(model, tokenizer):
+    asked = "token-recycling+h2o:budget=24"
+    assert str(effective(asked)) == f"{asked};compact_every=16"
+    for same in ("plain+h2o:budget=24", "h2o:budget=24", "token-recycling", f"{asked};compact_every=4"):
+        assert str(effective(same)) == same
+    assert generate(model, tokenizer, "abab" * 12, method=asked, max_new_tokens=4).method == str(effective(asked))

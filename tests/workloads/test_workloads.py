@@ -119,3 +119,20 @@ def test_unknown_names_are_refused():
 def test_no_torch():
     code = "import sys, tokenry.workloads as w; w.examples('edit', 1); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_answers_are_texts_numbers_or_any_of_a_list(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    answers = [42, ["four", 4, ""], None, [], True, 0]
+    file.write_text("\n".join(json.dumps({"prompt": "p", "answer": answer}) for answer in answers))
+    number, several, *none, zero = examples(str(file), 10)
+    assert number.answer == "42" and number.check("so 42") == 1 and number.check("so 41") == 0
+    assert several.answer == "four" and several.check("4") == several.check("four") == 1 and several.check("5") == 0
+    assert [example.answer for example in none] == ["", "", ""] and zero.answer == "0"
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    file = tmp_path / "latin.jsonl"
+    file.write_bytes('"caf\xe9"\n'.encode("latin-1"))
+    with pytest.raises(BadPrompt, match=r"latin\.jsonl as UTF-8"):
+        examples(str(file), 1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from tokenry.errors import BadPrompt
+from tokenry.errors import BadPrompt, PromptTooLong, ResourceError
 from tokenry.methods import Combination, Method
 from tokenry.methods import method as read_method
 from tokenry.models import context_length
@@ -93,7 +93,15 @@ def bench_model(
     Raises:
         BadPrompt: No held-out package is installed.
         PromptTooLong: The model's context is too short for a workload.
+        ResourceError: The draft's vocabulary has another size than the model's.
     """
+    if draft is not None:
+        mine, its = (each.config.get_text_config().vocab_size for each in (model, draft))
+        if mine != its:
+            raise ResourceError(
+                f"the draft has {its} tokens in its vocabulary and the model {mine}; "
+                "give a draft with the model's tokenizer, or none"
+            )
     texts = held_out_texts(text_bytes)
     bits = {"model": bits_per_byte(model, tokenizer, texts)}
     if draft is not None:
@@ -188,6 +196,11 @@ def bench_speculation(
     """
     if tail is None and (context := context_length(model)):
         tail = context - max_new_tokens
+        if tail < 1:
+            raise PromptTooLong(
+                f"{max_new_tokens} new tokens leave no room for a prompt in the model's context of {context}; "
+                "ask for fewer new tokens"
+            )
     for size in batch_sizes:
         yield compare(
             model, tokenizer, prompts, methods, workloads=workloads, max_new_tokens=max_new_tokens, tail=tail,

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter
+from tokenry.generation.full import effective
 from tokenry.methods import Combination, Method
 from tokenry.methods import method as read_method
 from tokenry.models import load, resource, weights_hash
@@ -100,9 +101,15 @@ def compare(
         raise BadParameter("repeats, limit and seeds must each be at least 1")
     if temperature <= 0:
         raise BadParameter(f"temperature={temperature} is not allowed; it must be above 0 (sample=False is greedy)")
+    if not 0 <= top_p <= 1 or top_k < 0:
+        raise BadParameter(f"top_p={top_p} must be from 0 to 1, and top_k={top_k} at least 0")
     if isinstance(methods, str | Method | Combination):
         methods = [methods]
-    variants = _variants([read_method(each) for each in methods], Setting(True, temperature, top_p, top_k), sample)
+    # A row is named after what runs, which for a drafter beside a policy can differ from what was asked for.
+    chosen = [effective(each) for each in methods]
+    if not chosen:
+        raise BadParameter("there are no methods; name at least one, such as plain")
+    variants = _variants(chosen, Setting(True, temperature, top_p, top_k), sample)
     if workloads is None and prompts is None:
         workloads = ("code", "recall", "arithmetic", "edit")
     groups = collect(prompts, workloads, limit=limit, seed=seed)
@@ -202,6 +209,14 @@ def _progress(show: bool, steps: int) -> Iterator[Advance]:
         yield advance
 
 
+def _sizes(task: Task) -> dict[int, int]:
+    """The first batch of each batch size: the last one is often smaller."""
+    found: dict[int, int] = {}
+    for index, batch in enumerate(task.batches):
+        found.setdefault(len(batch.examples), index)
+    return found
+
+
 @dataclass
 class _Tally:
     """What the runs of one variant on one task gave: tokens per second by pair, outcomes by (pair, batch, draw)."""
@@ -237,8 +252,8 @@ class _Bench:
 
     @property
     def steps(self) -> int:
-        """Steps of the progress bar: a variant's share of a task in a pair, and its warm-up."""
-        return len(self.tasks) * len(self.variants) * (self.repeats + 1)
+        """Steps of the progress bar: a variant's share of a task in a pair, and its warm-ups."""
+        return len(self.variants) * sum(self.repeats + len(_sizes(task)) for task in self.tasks)
 
     def draws(self, task: Task, variant: Variant) -> int:
         """How many times a variant runs each prompt of a pair."""
@@ -249,13 +264,14 @@ class _Bench:
     def measure(self, advance: Advance) -> bool:
         """Run everything; return whether it was interrupted."""
         try:
-            # Second models load, kernels are chosen and `auto` sizes are found before the clock runs; and
-            # what a method cannot serve is refused before minutes were spent.
+            # Second models load, kernels are chosen and `auto` sizes are found, for each batch size, before the
+            # clock runs; and what a method cannot serve is refused before minutes were spent.
             for task in self.tasks:
-                for variant in self.variants:
-                    advance(f"warm-up · {task.name} · {variant.label}")
-                    self._run(task, variant, 0, self.seed, min(8, task.max_new_tokens))
-                    advance(f"warm-up · {task.name} · {variant.label}", 1)
+                for batch in _sizes(task).values():
+                    for variant in self.variants:
+                        advance(f"warm-up · {task.name} · {variant.label}")
+                        self._run(task, variant, batch, self.seed, min(8, task.max_new_tokens))
+                        advance(f"warm-up · {task.name} · {variant.label}", 1)
             for pair in range(self.repeats):
                 for task in self.tasks:
                     self._pair(pair, task, advance)
@@ -362,7 +378,7 @@ class _Bench:
         return total
 
     def _quality(self, task: Task, variant: Variant, tally: _Tally) -> tuple[float | None, float | None]:
-        """Mean score, and its standard deviation over draws where there are several."""
+        """Mean score of the examples with an answer, and its standard deviation over draws where there are several."""
         if not task.scored:
             return None, None
         # Greedily a repetition adds nothing; sampled, every run is a draw of its own.
@@ -370,8 +386,13 @@ class _Bench:
         scores: dict[int, list[float]] = {}
         for key in keys:
             for example, row in zip(task.batches[key[1]].examples, tally.outcomes[key].tokens, strict=True):
+                if not example.answer:
+                    continue
                 output = self.tokenizer.decode(row, skip_special_tokens=True)
                 scores.setdefault(key[2], []).append(example.check(output))
+        # An interrupted run can lack the prompts with answers.
+        if not scores:
+            return None, None
         means = [statistics.fmean(group) for group in scores.values()]
         return statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else None
 

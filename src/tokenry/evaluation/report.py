@@ -29,7 +29,11 @@ def render(data: dict[str, Any]) -> str:
     )
     environment.filters |= {"bytes": size, "spread": _spread}
     page = environment.get_template("report.html.j2")
-    return page.render(data=data, sections=[_section(data, facts) for facts in data["workloads"]], sources=_SOURCES)
+    # A partial result has fewer pairs than were asked for.
+    pairs = min((row["speed"]["count"] for row in data["rows"]), default=0)
+    return page.render(
+        data=data, pairs=pairs, sections=[_section(data, facts) for facts in data["workloads"]], sources=_SOURCES
+    )
 
 
 def _spread(found: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What `compare` gives back: rows, samples, and their tables, JSON and HTML."""
 
+import contextlib
 import io
 import json
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,8 @@ from typing import Any
 
 from rich.console import Console, Group
 
-from tokenry.errors import BadParameter
+from tokenry.errors import BadParameter, TokenryError
+from tokenry.generation.full import effective
 
 from .metrics import Spread
 
@@ -36,11 +38,13 @@ class Row:
         accepted: Those of them that were accepted; None likewise.
         forwards_per_token: Forward passes of the model over new tokens, a pass counted once for each
             unfinished row.
-        tokens_per_pass: The inverse: tokens a row gained with each pass; 1 is plain.
+        tokens_per_pass: The inverse: tokens a row gained with each pass; 1 is plain. A trial row (CNTP's) counts
+            as a pass of its own.
         tokens_per_step: Tokens committed per verify step, the model's own token included; None without steps.
         kv_bytes: Largest key-value cache that the model was left with at the end of a run.
         kv_peak_bytes: Largest that it had within a run.
-        quality: Mean score of the workload's check, between 0 and 1; None without answers to check.
+        quality: Mean score of the workload's check, between 0 and 1, over the prompts with an answer; None
+            without answers to check.
         quality_sd: Its standard deviation over seeds; None where greedy or with one seed.
         seeds: Seeds that every prompt was sampled with; 0 where greedy.
         agreement: Share of each output that comes before its first difference from the reference's, mean
@@ -121,10 +125,14 @@ class Comparison:
     def row(self, method: str, workload: str | None = None) -> Row:
         """Return the row of a method by its text form or label, on the first workload unless named.
 
-        Raises `BadParameter` if there is none.
+        A drafter beside a policy is found by the form it was asked for in too, without the `compact_every` that it
+        ran with. Raises `BadParameter` if there is none.
         """
+        names = {method}
+        with contextlib.suppress(TokenryError):
+            names.add(str(effective(method)))
         for row in self.rows:
-            if method in (row.label, row.method) and workload in (None, row.workload):
+            if names & {row.label, row.method} and workload in (None, row.workload):
                 return row
         raise BadParameter(f"no row for {method!r}" + (f" on {workload}" if workload else ""))
 

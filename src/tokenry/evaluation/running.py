@@ -12,7 +12,7 @@ from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
 from tokenry.generation import generate
 from tokenry.methods import Combination, Method, find
 from tokenry.models import context_length
-from tokenry.workloads import Example, examples
+from tokenry.workloads import Example, examples, jsonl
 
 from .peers import Peer
 
@@ -165,7 +165,7 @@ def collect(
 
 def _of_user(prompts: Prompts) -> dict[str, list[Example]]:
     if isinstance(prompts, Path) or (isinstance(prompts, str) and prompts.endswith((".json", ".jsonl"))):
-        return {Path(prompts).stem: examples(str(prompts), 1 << 40)}
+        return {Path(prompts).stem: list(jsonl.read(prompts))}
     if isinstance(prompts, Mapping):
         return {name: [_example(prompt) for prompt in group] for name, group in prompts.items()}
     group = [prompts] if isinstance(prompts, str | Example) else list(prompts)

@@ -48,7 +48,8 @@ def notes(comparison: "Comparison") -> list[str]:
     if pairs < 7:
         found.append("Fewer than 7 pairs: no speed should be claimed from this.")
     found.append(
-        "tokens/pass: tokens gained with each forward pass of the model (plain: 1). agreement: share of an output "
+        "tokens/pass: tokens gained with each forward pass of the model (plain: 1); a trial row (CNTP's) counts as a "
+        "pass of its own. agreement: share of an output "
         "before its first difference from plain's. lossless: equal to plain's output, near-ties in half precision "
         "counted."
     )

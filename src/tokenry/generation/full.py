@@ -23,7 +23,6 @@ from tokenry.models import context_length
 Prompt = str | Tensor | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[dict[str, Any]]
 
 _NEW_TOKENS = 128
-# A policy that drops tokens after every one leaves no room for drafts. In a combination it drops this often.
 _COMPACT_EVERY = 16
 
 
@@ -64,6 +63,7 @@ def generate(
     Raises:
         BadPrompt: The prompt is empty or cannot be read.
         PromptTooLong: The prompt and what is to follow it exceed the model's context.
+        BadParameter: `max_new_tokens` or `max_length` is below 1.
         MethodNotFound, BadParameter, UnsupportedModel: As the method raises.
     """
     decoder, policy = _parts(method)
@@ -92,8 +92,23 @@ def generate(
     return result
 
 
-def _parts(given: str | Method | Combination) -> tuple[Decoder, Method | None]:
+def effective(given: str | Method | Combination) -> Method | Combination:
+    """Return the method that `generate` runs when given this one.
+
+    A policy that drops tokens after every one leaves no room for drafts; beside a drafter it drops after every
+    16. All others are run as they are.
+    """
     found = method(given)
+    if not isinstance(found, Combination) or not getattr(found.decoder, "drafts", False):
+        return found
+    if getattr(found.policy, "compact_every", None) != 1:
+        return found
+    policy: Any = found.policy
+    return Combination(found.decoder, dataclasses.replace(policy, compact_every=_COMPACT_EVERY))
+
+
+def _parts(given: str | Method | Combination) -> tuple[Decoder, Method | None]:
+    found = effective(given)
     decoder, policy = (found.decoder, found.policy) if isinstance(found, Combination) else (found, None)
     if decoder.role == "policy":
         decoder, policy = Plain(), decoder
@@ -102,8 +117,6 @@ def _parts(given: str | Method | Combination) -> tuple[Decoder, Method | None]:
             f"{decoder} does not generate (it is a {decoder.role or type(decoder).__name__}); "
             "`tokenry methods` lists decoders and drafters"
         )
-    if decoder.drafts and getattr(policy, "compact_every", None) == 1:
-        policy = dataclasses.replace(policy, compact_every=_COMPACT_EVERY)  # type: ignore[type-var]
     return decoder, policy
 
 
@@ -163,10 +176,15 @@ def _check_length(model: PreTrainedModel, prompt: int, options: dict[str, Any]) 
     """Raise if the model's context is too short; give a length if nobody did."""
     context = context_length(model)
     config: GenerationConfig | None = options.get("generation_config")
-    new = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
-    whole = options.get("max_length") or getattr(config, "max_length", None)
+    new, whole = (
+        getattr(config, name, None) if options.get(name) is None else options[name]
+        for name in ("max_new_tokens", "max_length")
+    )
     if new is None and whole is None:
         new, whole = model.generation_config.max_new_tokens, model.generation_config.max_length
+    for name, value in (("max_new_tokens", new), ("max_length", whole)):
+        if value is not None and value < 1:
+            raise BadParameter(f"{name}={value} is not allowed; it must be at least 1")
     if new is None and whole is None:
         room = _NEW_TOKENS if context is None else context - prompt
         new = options["max_new_tokens"] = max(1, min(_NEW_TOKENS, room))

@@ -9,7 +9,7 @@ from tokenry.workloads.engine import Example, functions, seeded
 
 
 def generate(seed: int, split: str) -> Iterator[Example]:
-    """Yield function heads (signature and docstring, or half of the lines) with the rest as the answer.
+    """Yield function heads (the signature, and the docstring if there is one) with the rest as the answer.
 
     Args:
         seed: Seed of the stream.

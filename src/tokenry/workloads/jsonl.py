@@ -16,22 +16,25 @@ def read(path: str | Path) -> Iterator[Example]:
     """Yield one example a line of a JSONL file.
 
     A line is a string, or an object with one of ``prompt``, ``text``, ``question``, ``input``, ``instruction``,
-    or Spec-Bench's ``turns`` (the first is used). An optional ``answer`` (or ``reference``) is scored by
-    containment; lines without one score 1.
+    or Spec-Bench's ``turns`` (the first is used). An optional ``answer`` (or ``reference``), a text, a
+    number or a list of them, is scored by containment, any of a list counts; lines without one are not scored.
 
     Raises:
-        BadPrompt: The file is missing, empty, or a line is not of these forms (the message names the line).
+        BadPrompt: The file is missing, not UTF-8, empty, or a line is not of these forms (the message names the line).
     """
     path = Path(path)
     if not path.is_file():
         raise BadPrompt(f"no prompt file at {str(path)!r}: give the path of a JSONL file, one prompt a line")
     empty = True
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            empty = False
-            yield _example(line, f"{path}, line {number}")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                empty = False
+                yield _example(line, f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadPrompt(f"cannot read {path} as UTF-8 text: {error}") from error
     if empty:
         raise BadPrompt(f"{path} holds no prompts: write one JSON string or object a line")
 
@@ -51,9 +54,16 @@ def _example(line: str, where: str) -> Example:
     prompt = turns[0] if isinstance(turns, list) and turns else next((record[k] for k in _FIELDS if k in record), None)
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadPrompt(f"{where} has no prompt: give one of {', '.join(_FIELDS)} or turns as a text that is not empty")
-    answer = record.get("answer", record.get("reference"))
-    answer = answer[0] if isinstance(answer, list) and answer else answer
+    answers = _answers(record.get("answer", record.get("reference")))
     meta = {k: record[k] for k in ("category", "question_id") if k in record}
-    if isinstance(answer, str) and answer:
-        return Example(prompt, answer, lambda output: float(answer in output), meta)
-    return Example(prompt, "", lambda output: 1.0, meta)
+    if not answers:
+        return Example(prompt, "", lambda output: 1.0, meta)
+    # The longest stands for all, so that each finds room in the output.
+    longest = max(answers, key=len)
+    return Example(prompt, longest, lambda output: float(any(answer in output for answer in answers)), meta)
+
+
+def _answers(given: object) -> list[str]:
+    found = given if isinstance(given, list) else [given]
+    texts = [str(each) for each in found if isinstance(each, str | int | float) and not isinstance(each, bool)]
+    return [text for text in texts if text]
