@@ -48,7 +48,6 @@ class Peer(Method, ABC):
         """Yield the options of `generate` that make up this method, which hold inside the block."""
         yield {}
 
-    @torch.inference_mode()
     def run(
         self,
         model: Any,
