@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 256
@@ -40,20 +41,25 @@ class AttentionRows:
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Probabilities of rows ``start`` to ``stop``, summed over the query heads of each key head, in float32 (or
         float64 where the model runs in it): ``[batch, kv_heads, rows, slots]``."""
-        stop = self.count if stop is None else stop
+        rows = self._block(start, self.count if stop is None else stop)
+        return F.pad(rows, (0, self.key.shape[2] - rows.shape[-1])) if self._rows is None else rows
+
+    def _block(self, start: int, stop: int) -> Tensor:
+        """The same up to the last slot that any of the rows sees."""
         if self._rows is not None:
             return self._rows[:, :, start:stop]  # rows of padding are zeros here already
         batch, heads, _, dim = self.query.shape
         wide = torch.promote_types(self.query.dtype, torch.float32)
         query = self.query[:, :, start:stop].view(batch, heads // self.groups, self.groups, stop - start, dim)
-        logits = torch.matmul(query, self.key.unsqueeze(2).transpose(-1, -2)).to(wide) * self.scaling
+        slots = self.key.shape[2] - self.count + stop if self.causal else self.key.shape[2]
+        key = self.key[:, :, None, :slots]
+        logits = torch.matmul(query, key.transpose(-1, -2)).to(wide) * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.mask is not None:
             logits = logits.masked_fill(~self.mask[:, :, None, start:stop], float("-inf"))
         elif self.causal:
-            slots = self.key.shape[2]
-            row = torch.arange(slots - self.count + start, slots - self.count + stop, device=logits.device)
+            row = torch.arange(slots - stop + start, slots, device=logits.device)
             logits = logits.masked_fill(torch.arange(slots, device=logits.device) > row[:, None], float("-inf"))
         rows = logits.softmax(-1).sum(2)
         if self.valid is not None:
@@ -69,11 +75,13 @@ class AttentionRows:
         total: Tensor | None = None
         for start in range(0, self.count, _ROWS):
             stop = min(start + _ROWS, self.count)
-            rows = self.rows(start, stop)
+            rows = self._block(start, stop)
             if weights is not None:
                 rows = rows * weights[:, None, start:stop, None]
-            part = rows.sum(2)
-            total = part if total is None else total + part
+            if total is None:
+                width = rows.shape[-1] if self._rows is not None else self.key.shape[2]
+                total = rows.new_zeros(*rows.shape[:2], width)
+            total[..., : rows.shape[-1]] += rows.sum(2)
         assert total is not None
         return total
 
