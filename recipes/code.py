@@ -29,7 +29,7 @@ SHAPES = {
 }
 
 
-def corpus(work: Path, blocks: int) -> None:
+def corpus(work: Path, blocks: int, seed: int, copying: int) -> None:
     from tokenry.training.corpus import source_files, train_tokenizer, write_blocks
 
     packages = work / "packages"
@@ -50,7 +50,7 @@ def corpus(work: Path, blocks: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
         tokenizer = train_tokenizer(texts[::4], folder, vocabulary=VOCABULARY, context=CONTEXT)
-    write_blocks(texts, tokenizer, work, blocks=blocks, size=BLOCK, lengths=LENGTHS, seed=0)
+    write_blocks(texts, tokenizer, work, blocks=blocks, size=BLOCK, lengths=LENGTHS, seed=seed, copying=(copying, copying + 100))
 
 
 def build(name: str):
@@ -75,12 +75,16 @@ def build(name: str):
     return LlamaForCausalLM(config)
 
 
-def train(work: Path, name: str, steps: int, lr: float) -> None:
+def train(work: Path, name: str, steps: int, lr: float, start: str | None) -> None:
+    import torch
+
+    import tokenry
     from tokenry.training.pretrain import pretrain
 
-    model = pretrain(build(name), work / "blocks.npy", work / name, lengths=LENGTHS, steps=steps, lr=lr)
+    fresh = tokenry.load(start, dtype=torch.float32)[0].train() if start else build(name)
+    model = pretrain(fresh, work / "blocks.npy", work / name, lengths=LENGTHS, steps=steps, lr=lr)
     model.save_pretrained(work / name / "final")
-    (work / name / "final" / "run.json").write_text(json.dumps({"steps": steps, "lr": lr}))
+    (work / name / "final" / "run.json").write_text(json.dumps({"steps": steps, "lr": lr, "start": start}))
 
 
 def export(work: Path) -> None:
@@ -170,13 +174,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".recipe"))
     parser.add_argument("--steps", type=int, default=3600, help="optimizer steps of 8,192 tokens")
     parser.add_argument("--blocks", type=int, default=4000, help="token blocks written by the corpus step")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the documents")
+    parser.add_argument("--copying", type=int, default=600, help="the block where a hundred blocks teach copying")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--start", help="model to go on from (a folder, or tokenry/code) instead of random weights")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.step == "corpus":
-        corpus(options.work, options.blocks)
+        corpus(options.work, options.blocks, options.seed, options.copying)
     elif options.step == "train":
-        train(options.work, options.name, options.steps, options.lr)
+        train(options.work, options.name, options.steps, options.lr, options.start)
     elif options.step == "export":
         export(options.work)
     else:

@@ -82,7 +82,7 @@ def test_infilled_documents_hold_the_whole_text(corpus):
 
 def test_blocks_repeat_and_hold_whole_rows(corpus, tmp_path):
     _, texts, tokenizer = corpus
-    plan = {"blocks": 4, "size": 1024, "lengths": (256, 512), "seed": 3}
+    plan = {"blocks": 4, "size": 1024, "lengths": (256, 512), "seed": 3, "copying": (0, 0)}
     one = np.load(write_blocks(texts, tokenizer, tmp_path, **plan)).copy()
     (tmp_path / "blocks.json").unlink()
     two = np.load(write_blocks(texts, tokenizer, tmp_path, **plan))
@@ -90,11 +90,24 @@ def test_blocks_repeat_and_hold_whole_rows(corpus, tmp_path):
     assert one.max() < 400
 
 
+def test_a_stretch_of_blocks_teaches_copying(corpus, tmp_path):
+    _, texts, tokenizer = corpus
+    plan = {"blocks": 40, "size": 1024, "lengths": (128,), "seed": 3}
+    array = np.load(write_blocks(texts, tokenizer, tmp_path, **plan, copying=(10, 30)))
+
+    def repeats(row):
+        return any(np.array_equal(row[period:], row[:-period]) for period in range(8, 65))
+
+    share = np.array([[repeats(row) for row in block.reshape(8, 128)] for block in array]).mean(1)
+    assert 0.35 < share[10:30].mean() < 0.65  # 160 rows of chance 1/2: four standard deviations
+    assert np.concatenate([share[:10], share[30:]]).mean() < 0.1
+
+
 def test_a_stopped_run_resumes_to_the_same_weights(corpus, tmp_path):
     from tokenry.training.pretrain import pretrain
 
     _, texts, tokenizer = corpus
-    blocks = write_blocks(texts, tokenizer, tmp_path, blocks=6, size=512, lengths=(64,), seed=0)
+    blocks = write_blocks(texts, tokenizer, tmp_path, blocks=6, size=512, lengths=(64,), seed=0, copying=(0, 2))
 
     def run(name, stop_at=None):
         torch.manual_seed(0)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context:
 
 
 class Documents:
-    """Encoded documents: code (half of it in fill-in-the-middle form) and the workloads' training examples."""
+    """Encoded documents: code (half of it in fill-in-the-middle form), the workloads' training examples, repeats."""
 
     def __init__(self, texts: list[str], tokenizer: Any, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -153,22 +153,37 @@ class Documents:
         ids = [*self.encode(item.prompt), *self.encode(item.answer)]
         return [self.id["<bos>"], *ids, self.id["<eos>"]]
 
-    def rows(self, length: int) -> Iterator[list[int]]:
-        """Rows of ``length`` tokens; a share of them begin with workload examples, code fills the rest."""
+    def repeat(self, length: int) -> list[int]:
+        """A run of random ordinary tokens, repeated to ``length``: what comes next can only be copied."""
+        period = round(8 * (length / 16) ** self.rng.random())
+        first, size = len(SPECIAL) + len(UNUSED), self.tokenizer.vocab_size
+        run = [self.rng.randrange(first, size) for _ in range(period)]
+        return (run * (length // period + 1))[:length]
+
+    def rows(self, length: int, copying: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
+        """Rows of ``length`` tokens; a share of them begin with workload examples, code fills the rest.
+
+        Args:
+            length: Tokens of a row.
+            copying: Whether every second row is to be a repeat now; otherwise one in fifty is.
+        """
         code = self.code()
         carry: list[int] = []
         recall = [self.recall[600], self.recall[1100]] if length < 1024 else [self.recall[3000], self.recall[5400]]
         while True:
+            if self.rng.random() < (0.5 if copying() else 0.02):
+                yield self.repeat(length)
+                continue
             row: list[int] = []
             draw = self.rng.random()
             if draw < 0.15:
                 row += self.example(self.rng.choice(recall))
-            elif draw < 0.35:
+            elif draw < 0.31:
                 row += self.example(self.examples["edit"])
                 while length > 1024 and len(row) < 600:
                     row += self.example(self.examples["edit"])
-            elif draw < 0.47:
-                while len(row) < 250:
+            elif draw < 0.50:
+                while len(row) < 300:
                     row += self.example(self.examples["arithmetic"])
             while len(row) + len(carry) < length:
                 row += carry
@@ -187,19 +202,24 @@ def write_blocks(
     size: int,
     lengths: tuple[int, ...],
     seed: int,
+    copying: tuple[int, int],
 ) -> Path:
     """Write ``blocks`` blocks of ``size`` tokens to ``folder/blocks.npy`` (uint16) unless they are there.
 
     Block ``i`` holds rows of ``lengths[i % len(lengths)]`` tokens, so long and short rows take turns at any number
-    of steps.
+    of steps. In the blocks from ``copying[0]`` to ``copying[1]`` every second row is a repeat of random tokens:
+    a model whose embeddings have settled learns from them within a hundred steps to copy from its context, which
+    source code alone teaches late.
     """
     path = folder / "blocks.npy"
-    plan = {"blocks": blocks, "size": size, "lengths": list(lengths), "seed": seed, "texts": len(texts)}
+    plan: dict[str, Any] = {"blocks": blocks, "size": size, "lengths": list(lengths), "seed": seed, "texts": len(texts)}
+    plan["copying"] = list(copying)
     note = folder / "blocks.json"
     if note.is_file() and json.loads(note.read_text()) == plan:
         return path
     documents = Documents(texts, tokenizer, seed)
-    rows = {length: documents.rows(length) for length in set(lengths)}
+    index = 0
+    rows = {length: documents.rows(length, lambda: copying[0] <= index < copying[1]) for length in set(lengths)}
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(blocks, size))
     with Progress(transient=True) as progress:
         for index in progress.track(range(blocks), description="packing tokens"):
