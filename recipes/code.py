@@ -50,7 +50,8 @@ def corpus(work: Path, blocks: int, seed: int, copying: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
         tokenizer = train_tokenizer(texts[::4], folder, vocabulary=VOCABULARY, context=CONTEXT)
-    write_blocks(texts, tokenizer, work, blocks=blocks, size=BLOCK, lengths=LENGTHS, seed=seed, copying=(copying, copying + 100))
+    plan = {"blocks": blocks, "size": BLOCK, "lengths": LENGTHS, "seed": seed, "copying": (copying, copying + 100)}
+    write_blocks(texts, tokenizer, work, **plan)
 
 
 def build(name: str):
