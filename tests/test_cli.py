@@ -10,6 +10,7 @@ import pytest
 
 from tests.evaluation import tiny_text
 from tokenry import __version__, cli
+from tokenry.catalogue import TRAINERS
 
 TINY = ("--max-new-tokens", "8", "--repeats", "1")
 
@@ -45,12 +46,11 @@ def fails(capsys, code, *arguments):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["compare"], ["generate"], ["methods"], ["bench"], ["bench", "model"], ["bench", "speculation"], ["train"]],
-    ids=" ".join,
+    ["", "compare", "generate", "methods", "bench", "bench model", "bench speculation", "results", "train"],
 )
 def test_help_shows_a_real_example(capsys, command):
-    assert cli.main([*command, "--help"]) == 0
-    assert f"tokenry {' '.join(command)}".strip() in capsys.readouterr().out.partition("Example")[2]
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert f"tokenry {command}".strip() in capsys.readouterr().out.partition("Example")[2]
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,74 @@ def test_methods_of_a_family_and_by_name(capsys):
     assert "did you mean h2o" in fails(capsys, 2, "methods", "h20")
 
 
-def test_train_lists_recipes(capsys):
+def test_train_lists_trainers_and_recipes(capsys):
     assert cli.main(["train", "--json"]) == 0
-    assert "code" in {recipe["name"] for recipe in json.loads(capsys.readouterr().out)}
-    assert "no recipe 'nothing'" in fails(capsys, 2, "train", "nothing")
+    found = {recipe["name"]: recipe["summary"] for recipe in json.loads(capsys.readouterr().out)}
+    assert {"code", *TRAINERS} <= set(found)
+    assert found["adaspec"].startswith("Distil a draft model") and all(found.values())
+    assert cli.main(["train"]) == 0
+    out = capsys.readouterr().out
+    assert "adaspec" in out and "\ncode " in out
+    assert cli.main(["methods", "adaspec"]) == 0
+    assert "tokenry train adaspec" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing", "more"], "nothing called 'nothing' can be trained"),
+        (["adaspek"], "did you mean adaspec?"),
+        (["cod"], "did you mean code?"),
+        (["adaspec", "--kep", "0.4"], "adaspec has no option --kep (did you mean keep?)"),
+        (["adaspec", "--keep", "much"], "--keep much is not allowed; it must be a number"),
+        (["adaspec", "--keep", "0"], "keep=0.0 is not allowed"),
+        (["adaspec", "--keep"], "--keep has no value"),
+        (["adaspec", "--keep", "1", "--keep=1"], "--keep is given twice"),
+        (["adaspec", "keep", "1"], "cannot read 'keep'"),
+        (["adaspec", "--text", "no-such-folder"], "no text at 'no-such-folder'"),
+        (["adaspec", "--out", __file__], "is a file; name a folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_train_says_in_one_line_what_is_wrong(capsys, arguments, message):
+    assert message in fails(capsys, 2, "train", *arguments)
+
+
+def test_train_refuses_models_and_texts_that_cannot_serve(capsys, bare, folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shared = ["train", "adaspec", "--out", tmp_path / "out", "--draft", folder]
+    assert "holds no text files" in fails(capsys, 2, *shared, "--text", empty, "--model", folder)
+    assert "has no tokenizer" in fails(capsys, 2, *shared, "--text", text, "--model", bare)
+    assert "has no tokenizer" in fails(capsys, 2, *shared[:-1], bare, "--text", text, "--model", folder)
+    assert "fewer than one row" in fails(capsys, 2, *shared, "--text", text, "--model", folder)
+    assert "no model in './nowhere'" in fails(capsys, 2, *shared, "--text", text, "--model", "./nowhere")
+
+
+def test_train_makes_a_draft_and_says_how_to_use_it(capsys, folder, tmp_path):
+    pytest.importorskip("accelerate")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"def f{n}(a):\n    return a * {n}\n"}) + "\n" for n in range(40)))
+    out = tmp_path / "a (new) draft"
+    options = ["--length", "16", "--batch=2", "--draft", folder, "--keep", "0.5"]
+    command = ["train", "adaspec", "--model", folder, "--text", text, "--out", out, "--steps", "2", "--seed", "1"]
+    assert cli.main([str(part) for part in [*command, *options, "--json"]]) == 0
+    note = json.loads(capsys.readouterr().out)
+    assert note["seed"] == 1 and "keep=0.5" in note["trainer"] and set(note["acceptance"]) > {"before", "after"}
+    assert note["acceptance"]["before"] == pytest.approx(1.0)  # the draft began as the model itself
+    draft = str(out)
+    assert cli.main(["generate", "def f1(", "--model", folder, "--method", note["use"], "--max-new-tokens", "4"]) == 0
+    assert (out / "model.safetensors").is_file() and draft in note["use"]
+
+
+def test_a_trainer_does_not_generate(capsys, folder, prompts):
+    message = fails(capsys, 2, "generate", "x", "--model", folder, "--method", "adaspec")
+    assert "adaspec does not generate (it is a trainer)" in message
+    assert "trainer" in fails(capsys, 2, "generate", "x", "--model", folder, "--method", "adaspec+h2o")
+    compared = ["compare", "--model", folder, "--prompts", prompts, "--methods", "plain,adaspec", *TINY]
+    assert "adaspec does not generate" in fails(capsys, 2, *compared)
 
 
 def test_train_runs_the_steps_of_a_recipe_until_one_fails(monkeypatch):
@@ -121,6 +185,8 @@ def test_train_runs_the_steps_of_a_recipe_until_one_fails(monkeypatch):
     assert ran == [("corpus",), ("train", "code")]
     assert cli.main(["train", "code", "--", "train", "code-draft", "--steps", "5"]) == 0
     assert ran[2] == ("train", "code-draft", "--steps", "5")
+    assert cli.main(["train", "code", "train", "code", "--steps", "5"]) == 0
+    assert ran[3] == ("train", "code", "--steps", "5")
 
 
 # --- compare ------------------------------------------------------------------------------------
@@ -168,17 +234,17 @@ def test_the_demo_names_methods_and_workloads_that_exist():
 
 
 def test_an_interrupted_comparison_prints_what_it_has(capsys, folder, prompts, monkeypatch):
-    from tokenry.evaluation import comparison
+    from tokenry.evaluation.running import Runner
 
-    run, calls = comparison.run, []
+    run, calls = Runner.run, []
 
-    def interrupted(*args, **kwargs):
+    def interrupted(*args):
         calls.append(1)
         if len(calls) > 2 + 2 + 1:
             raise KeyboardInterrupt
-        return run(*args, **kwargs)
+        return run(*args)
 
-    monkeypatch.setattr(comparison, "run", interrupted)
+    monkeypatch.setattr(Runner, "run", interrupted)
     arguments = ["compare", "--model", folder, "--prompts", prompts, "--methods", "plain", "--max-new-tokens", "8"]
     assert cli.main([*arguments, "--repeats", "3"]) == 130
     assert "Interrupted" in capsys.readouterr().out
@@ -349,9 +415,9 @@ def test_bench_speculation_checks_and_reports(capsys, folder, prompts, tmp_path)
     )
     err = capsys.readouterr().err
     assert code == 0, err
-    found = json.loads((tmp_path / "r").read_text())
-    assert [result["settings"]["batch_size"] for result in found] == [1, 2]
-    assert all(row["lossless"] == "yes" for result in found for row in result["rows"][1:])
+    runs = json.loads((tmp_path / "r").read_text())["runs"]
+    assert [run["settings"]["batch_size"] for run in runs] == [1, 2]
+    assert all(row["lossless"] == "yes" for run in runs for row in run["rows"][1:])
 
 
 def test_bench_speculation_fails_where_outputs_differ(capsys, folder, prompts, monkeypatch):

@@ -1,8 +1,8 @@
 """Tokenry: what transformer models do with tokens, as methods to use, combine and compare.
 
-`tokenry.load` gives a model and its tokenizer, `tokenry.generate` runs a method, `tokenry.compare`
-measures several side by side, `tokenry.method` reads a method's text form. Names load on first use, so
-that `import tokenry` costs nothing.
+`tokenry.load` gives a model and its tokenizer, `tokenry.generate` runs a method, `tokenry.fill` runs one
+that fills masked places, `tokenry.compare` measures several side by side, `tokenry.method` reads a
+method's text form. Names load on first use, so that `import tokenry` costs nothing.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenry.errors import TokenryError as TokenryError
     from tokenry.evaluation import compare as compare
+    from tokenry.generation import fill as fill
     from tokenry.generation import generate as generate
     from tokenry.methods import Method as Method
     from tokenry.methods import Paper as Paper
@@ -24,6 +25,7 @@ _HOME = {
     "load": "tokenry.models",
     "path": "tokenry.models",
     "generate": "tokenry.generation",
+    "fill": "tokenry.generation",
     "compare": "tokenry.evaluation",
     "method": "tokenry.methods",
     "Method": "tokenry.methods",
@@ -37,6 +39,7 @@ __all__ = [
     "TokenryError",
     "__version__",
     "compare",
+    "fill",
     "generate",
     "load",
     "method",

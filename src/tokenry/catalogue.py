@@ -157,36 +157,37 @@ ROWS: tuple[Row, ...] = (
         "Write k drafts in one pass by feeding a mixture of their last token embeddings."),
 
     # speculation
-    Row("adaspec", "speculation", None,
+    Row("adaspec", "speculation", "tokenry.speculation.adaspec:AdaSpecTrainer",
         Paper("AdaSPEC: Selective Knowledge Distillation for Efficient Speculative Decoders",
               "2510.19779", 2025, "yuezhouhu/adaspec"),
         ("draft model", "distillation"), "a distillation run",
         "Distil a draft model only on the tokens it can still learn."),
-    Row("any-subset-speculative-decoding", "speculation", None,
+    Row("any-subset-speculative-decoding", "speculation", "tokenry.speculation.any_subset.sampler:AnySubset",
         Paper("Reviving Any-Subset Autoregressive Models with Principled Parallel Sampling and Speculative "
               "Decoding", "2504.20456", 2025, "gabeguo/any-order-speculative-decoding"),
         ("any-order model",), "at most one pass a token",
         "Fill masked positions in parallel, exactly, with a model that drafts for itself."),
-    Row("dyspec", "speculation", None,
+    Row("dyspec", "speculation", "tokenry.speculation.dyspec:DySpec",
         Paper("DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", "2410.11744", 2024),
         ("draft model",), "draft passes for a wider verify pass",
         "Grow the draft tree at run time where the draft model is confident."),
-    Row("future-token-prediction", "speculation", None,
+    Row("future-token-prediction", "speculation",
+        "tokenry.speculation.future_token_prediction.drafter:FutureTokenPrediction",
         Paper("Future Token Prediction - Causal Language Modelling with Per-Token Semantic State Vector for "
               "Multi-Token Prediction", "2410.18160", 2024),
         ("pre-training",), "a training run; then wider verify passes",
         "Train one state vector per position to decode the next N tokens, and draft with it."),
-    Row("gated-lora-mtp", "speculation", None,
+    Row("gated-lora-mtp", "speculation", "tokenry.speculation.gated_lora_mtp.drafter:GatedLoRAMTP",
         Paper("Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential",
               "2507.11851", 2025),
         ("fine-tuning",), "a LoRA run; then wider verify passes",
         "Make a frozen model draft its own future through mask tokens and gated LoRA."),
-    Row("goose", "speculation", None,
+    Row("goose", "speculation", "tokenry.speculation.goose:Goose",
         Paper("Goose: Anisotropic Speculation Trees for Training-Free Speculative Decoding",
               "2604.02047", 2026, "2kinto/GOOSE_Speculative_Decoding"),
         ("training-free",), "a wider verify pass a step",
         "Draft a deep spine of copied text with wide branches of recycled candidates."),
-    Row("hamburger", "speculation", None,
+    Row("hamburger", "speculation", "tokenry.speculation.hamburger.decoding:Hamburger",
         Paper("HAMburger: Accelerating LLM Inference via Token Smashing", "2505.20438", 2025,
               "Jingyu6/hamburger"),
         ("fine-tuning",), "a training run; then fewer base-model steps",
@@ -196,14 +197,24 @@ ROWS: tuple[Row, ...] = (
               "Recycling", "2408.08696", 2024, "Luowaterbi/TokenRecycling"),
         ("training-free",), "an 81-token verify pass a step",
         "Draft a tree from the top candidates that earlier steps computed and threw away."),
-    Row("draft-model", "speculation", None,
+    Row("draft-model", "speculation", "tokenry.speculation.draft_model:DraftModel",
         Paper("Fast Inference from Transformers via Speculative Decoding", "2211.17192", 2022),
         ("draft model",), "draft passes for a wider verify pass",
         "Draft a chain of tokens with a small model of the same tokenizer.", "baseline"),
+    Row("draft-tree", "speculation", "tokenry.speculation.draft_tree:FixedDraftTree",
+        Paper("SpecInfer: Accelerating Generative Large Language Model Serving with Tree-based Speculative "
+              "Inference and Verification", "2305.09781", 2023, "flexflow/FlexFlow"),
+        ("draft model",), "a draft pass a level for a wider verify pass",
+        "Draft a tree of fixed shape with a small model of the same tokenizer.", "baseline"),
     Row("prompt-lookup", "speculation", "tokenry.speculation.prompt_lookup:PromptLookup",
         Paper("Prompt Lookup Decoding", None, 2023, "apoorvumang/prompt-lookup-decoding"),
         ("training-free",), "a wider verify pass where text repeats",
         "Draft what followed the last few tokens when they occurred before.", "baseline"),
+    Row("suffix", "speculation", "tokenry.speculation.suffix:Suffix",
+        Paper("SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications", "2411.04975", 2024,
+              "snowflakedb/ArcticInference"),
+        ("training-free",), "a wider verify pass where text repeats",
+        "Draft what followed the longest suffix of the text that occurred before.", "baseline"),
 
     # kvcache
     Row("dapq", "kvcache", None,
@@ -483,6 +494,15 @@ ROWS: tuple[Row, ...] = (
         "transformers' generate with an assistant_model.", "peer"),
 )
 # fmt: on
+
+TRAINERS: dict[str, str] = {
+    "adaspec": "tokenry.speculation.adaspec:AdaSpecTrainer",
+    "any-order": "tokenry.speculation.any_subset.training:AnyOrderTrainer",
+    "ftp": "tokenry.speculation.future_token_prediction.training:FutureTokenPredictionTrainer",
+    "hamburger": "tokenry.speculation.hamburger.training:HamburgerTrainer",
+    "mtp": "tokenry.speculation.gated_lora_mtp.training:MTPTrainer",
+}
+"""What `tokenry train NAME` runs: name -> "module:Class" of a `tokenry.objectives.Trainable`."""
 
 BY_SLUG: dict[str, Row] = {row.slug: row for row in ROWS}
 BY_TARGET: dict[str, Row] = {row.target: row for row in ROWS if row.target}

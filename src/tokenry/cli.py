@@ -358,91 +358,198 @@ def bench_model(
 @bench_app.command(
     "speculation",
     epilog="Examples:\n\ntokenry bench speculation --workload code,edit --batch-size 1 --batch-size 8\n\n"
-    "tokenry bench speculation --prompts spec_bench.jsonl --tail 512 --max-new-tokens 64",
+    "tokenry bench speculation --prompts spec_bench.jsonl --per-task 10 --json runs/speculation.json",
 )
 def bench_speculation(
     model: Model = "tokenry/code",
     prompts: Prompts = None,
     workload: Workloads = None,
     methods: Methods = None,
+    per_task: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts of each task (workload, or category of the file); by default 14 of a workload, else all.",
+        ),
+    ] = None,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Prompts a batch; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt.")] = 64,
-    tail: Annotated[int | None, typer.Option(min=1, help="Keep the last so many tokens of each prompt.")] = None,
+    tail: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the last so many tokens of each prompt; by default what fits the context."),
+    ] = None,
     repeats: Repeats = 7,
-    limit: Limit = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Draft model of the default methods that take one.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it everything is sampled.")] = 0.0,
     dtype: Dtype = None,
     device: Device = None,
     seed: Seed = 0,
     json_path: Json = None,
     quiet: Quiet = False,
 ) -> int:
-    """Check that drafters change nothing but the number of passes; exits with 1 where one does."""
-    from tokenry.evaluation import SPECULATION_METHODS
+    """Measure drafters task by task beside plain and transformers' own; exits with 1 where an output is not plain's.
+
+    Without --methods every drafter runs that can, with its automatic size, and what the checks compare.
+    """
     from tokenry.evaluation import bench_speculation as run
     from tokenry.methods import method
 
-    chosen = [method(text) for text in _methods(methods) or SPECULATION_METHODS]
+    chosen = [method(text) for text in _methods(methods)] or None
     _check_output("--json", json_path)
     loaded, tokenizer = _load(model, dtype, device)
-    code, found = OK, []
-    for result in run(
+    result = run(
         loaded,
         tokenizer,
         prompts,
         methods=chosen,
         workloads=_split(workload) or None,
+        per_task=per_task,
         batch_sizes=batch_size or (1,),
         max_new_tokens=max_new_tokens,
         tail=tail,
         repeats=repeats,
-        limit=limit or 14,
+        draft=draft,
+        temperature=temperature,
         seed=seed,
         progress=not quiet,
-    ):
-        found.append(result)
-        _console(err=json_path == "-").print(result)
-        if any(row.broken for row in result.rows):
-            code = max(code, FAILED)
-        if result.partial:
-            code = INTERRUPTED
-            break
-    _write_json("[" + ",\n".join(result.to_json() for result in found) + "]", json_path)
-    return code
+    )
+    _show(result, result.to_json(), json_path)
+    if result.partial:
+        return INTERRUPTED
+    return FAILED if result.broken else OK
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: tokenry results runs --out docs/results")
+def results(
+    places: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER|FILE...", help="JSON that compare or bench speculation wrote.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pages go.")] = Path("docs/results"),
+) -> int:
+    """Write one Markdown page a family from measured JSON: what papers claim, what came out, and why they differ."""
+    from tokenry.evaluation import write_pages
+
+    for page in write_pages(places, out):
+        typer.echo(page)
+    return OK
 
 
 # --- train --------------------------------------------------------------------------------------
 
 
 @app.command(
-    epilog="Examples:\n\ntokenry train\n\ntokenry train code -- train code --steps 200",
+    epilog="Examples:\n\ntokenry train\n\n"
+    "tokenry train adaspec --draft tokenry/code-draft --keep 0.4 --text ./my-code --out ./my-draft\n\n"
+    "tokenry train code -- train code --steps 200",
     context_settings={"ignore_unknown_options": True},
 )
 def train(
-    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="What to train; none lists it.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="What to train; none lists it.")] = None,
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="Passed to the recipe; none runs all its steps.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[--KEY VALUE] [-- ARGS]",
+            help="Options of the trainer; of a recipe, its arguments, none of which runs all its steps.",
+        ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME", help="Model to train for; by default tokenry/code."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="A folder of text files, a text file, or JSONL with one text a line; by default Python's standard "
+            "library.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the result goes; by default the user's cache folder.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimizer; by default the trainer's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and new weights; by default 0.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> int:
-    """Train what is bundled or needed beside it, from a recipe; a stopped run goes on where it was."""
+    """Train what a method needs beside the model, or what is bundled; a stopped run goes on where it was."""
     recipes = _recipes()
     if name is None:
-        listed = {key: _first_line(path) for key, path in recipes.items()}
-        if as_json:
-            _print_json([{"name": key, "summary": summary} for key, summary in listed.items()])
-        else:
-            for key, summary in listed.items():
-                typer.echo(f"{key}  {summary}")
-            if not listed:
-                typer.echo("no recipes: they lie in recipes/ of a checkout of Tokenry, not in its wheel")
+        return _list_trainers(recipes, as_json)
+    if name in recipes:
+        shared = {"--model": model, "--text": text, "--out": out, "--steps": steps, "--seed": seed, "--device": device}
+        given = [*(arguments or ()), *(str(part) for pair in shared.items() if pair[1] is not None for part in pair)]
+        for step in [tuple(given)] if given else _STEPS.get(name, ((),)):
+            code = subprocess.run([sys.executable, str(recipes[name]), *step], check=False).returncode
+            if code:
+                return code
         return OK
-    if name not in recipes:
-        raise BadParameter(f"no recipe {name!r}; there are {', '.join(recipes) or 'none outside a checkout'}")
-    for step in [tuple(arguments)] if arguments else _STEPS.get(name, ((),)):
-        code = subprocess.run([sys.executable, str(recipes[name]), *step], check=False).returncode
-        if code:
-            return code
+    from tokenry.catalogue import TRAINERS
+    from tokenry.methods import trainer
+
+    # An unknown name is the first thing to be said.
+    options = _options(name, arguments or ()) if name in TRAINERS else {}
+    chosen: Any = trainer(name, options, recipes)
+    from tokenry.models import trained_folder
+    from tokenry.objectives import training_texts
+    from tokenry.objectives.trainable import run
+
+    model = model or "tokenry/code"
+    folder = out or trained_folder(name, model)
+    if folder.exists() and not folder.is_dir():
+        raise BadParameter(f"--out {folder} is a file; name a folder")
+    _check_output("--out", folder / "training.json")
+    # What is wrong with the text is said before the model is loaded.
+    texts = training_texts(text)
+    loaded, tokenizer = _load(model, "float32", device)
+    note = run(chosen, loaded, tokenizer, texts, folder, steps=steps, seed=seed or 0)
+    if as_json:
+        _print_json(note)
+    else:
+        for key, value in note.items():
+            typer.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
     return OK
+
+
+def _list_trainers(recipes: Mapping[str, Path], as_json: bool) -> int:
+    from tokenry.catalogue import BY_TARGET, TRAINERS
+
+    # A trainer is listed with what its method is about; nothing is imported for it.
+    about = {target.partition(":")[0].split(".")[2]: row.summary for target, row in BY_TARGET.items()}
+    listed = {name: about.get(target.partition(":")[0].split(".")[2], "") for name, target in TRAINERS.items()}
+    listed |= {name: _first_line(path) for name, path in recipes.items()}
+    if as_json:
+        _print_json([{"name": name, "summary": summary} for name, summary in listed.items()])
+        return OK
+    width = max(map(len, listed))
+    for name, summary in listed.items():
+        typer.echo(f"{name:{width}}  {summary}".rstrip())
+    if not recipes:
+        typer.echo("what is bundled is trained by recipes: they lie in recipes/ of a checkout, not in the wheel")
+    return OK
+
+
+def _options(name: str, arguments: Sequence[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` as a mapping."""
+    found: dict[str, str] = {}
+    rest = [argument for argument in arguments if argument != "--"]
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or len(key) < 3:
+            raise BadParameter(f"{name}: cannot read {key!r}; write options as --key value")
+        if not equals:
+            if not rest:
+                raise BadParameter(f"{name}: {key} has no value; write {key} VALUE")
+            value = rest.pop(0)
+        if key[2:] in found:
+            raise BadParameter(f"{name}: {key} is given twice; give it once")
+        found[key[2:]] = value
+    return found
 
 
 def _recipes() -> dict[str, Path]:

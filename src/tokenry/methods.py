@@ -18,12 +18,12 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
-from tokenry.catalogue import BY_SLUG, BY_TARGET, FAMILIES, ROWS, Paper, Row
+from tokenry.catalogue import BY_SLUG, BY_TARGET, FAMILIES, ROWS, TRAINERS, Paper, Row
 from tokenry.errors import BadMethod, BadParameter, MethodNotFound
 
 __all__ = [
@@ -39,10 +39,11 @@ __all__ = [
     "parameters",
     "rows",
     "split_methods",
+    "trainer",
 ]
 
 GROUP = "tokenry.methods"
-ROLES = ("decoder", "policy", "peer")
+ROLES = ("decoder", "policy", "peer", "infiller", "trainer")
 
 _log = logging.getLogger(__name__)
 
@@ -452,13 +453,49 @@ def load_class(slug: str) -> type[Method]:
         raise MethodNotFound(
             f"{slug}{source} is in the catalogue but not available yet; `tokenry methods` lists what is"
         )
-    module, _, name = row.target.partition(":")
+    return _import(slug, row.target)
+
+
+def trainer(name: str, options: Mapping[str, str], others: Iterable[str] = ()) -> Method:
+    """Return the trainer of a name with options as a command line gives them, each value as text.
+
+    `others` are names that the caller trains by other means; the nearest of all is suggested. Raises
+    `MethodNotFound` for an unknown name, `BadParameter` for an option or a value that is not allowed.
+    """
+    if name not in TRAINERS:
+        near = _nearest(name, [*TRAINERS, *others])
+        raise MethodNotFound(f"nothing called {name!r} can be trained{near}; `tokenry train` lists what can")
+    cls = _import(name, TRAINERS[name])
+    if cls.role != "trainer":
+        fault = f"has the role {cls.role!r}; derive it from tokenry.objectives.Trainable"
+        raise BadMethod(f"{name}: {TRAINERS[name]} {fault}")
+    known = parameters(cls)
+    values: dict[str, Any] = {}
+    for option, text in options.items():
+        key = option.replace("-", "_")
+        if key not in known:
+            raise BadParameter(f"{name} has no option --{option}{_nearest(key, known)}; {_list_parameters(cls)}")
+        value = _read(text, known[key].kind)
+        if value is MISSING and str in _alternatives(known[key].kind):
+            # Nothing is reserved on a command line: a path may hold any sign.
+            value = text
+        if value is MISSING:
+            raise BadParameter(f"{name}: --{option} {text} is not allowed; it must be {_say(known[key].kind)}")
+        values[key] = value
+    missing = [p.name for p in known.values() if p.default is MISSING and p.name not in values]
+    if missing:
+        raise BadParameter(f"{name} needs {' and '.join(f'--{key}' for key in missing)}")
+    return cls(**values)
+
+
+def _import(slug: str, target: str) -> type[Method]:
+    module, _, name = target.partition(":")
     try:
         cls = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
-        raise BadMethod(f"{slug}: cannot load {row.target}: {error}; reinstall the package that holds it") from error
+        raise BadMethod(f"{slug}: cannot load {target}: {error}; reinstall the package that holds it") from error
     for fault in _faults(cls, slug):
-        raise BadMethod(f"{slug}: {row.target} {fault}")
+        raise BadMethod(f"{slug}: {target} {fault}")
     return typing.cast(type[Method], cls)
 
 
@@ -486,6 +523,8 @@ def describe(slug: str) -> str:
         lines.append(f"needs: {', '.join(row.needs)}")
     if row.cost:
         lines.append(f"cost: {row.cost}")
+    if row.slug in TRAINERS:
+        lines.append(f"trained by: tokenry train {row.slug}")
     lines.append(_list_parameters(load_class(slug)) if row.available else "not available yet")
     return "\n".join(lines)
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tests import tiny
 from tokenry.methods import Method, load_class, rows
 
 
@@ -14,3 +20,59 @@ def registered(role: str) -> list[type[Method]]:
 def drafters() -> list[type[Method]]:
     """Decoders that promise the output of plain decoding by verifying drafts."""
     return [cls for cls in registered("decoder") if getattr(cls, "drafts", False)]
+
+
+def made(cls: type[Method]) -> Method:
+    """A method as the contracts run it: with its defaults, or where those promise nothing, the promise asked for."""
+    return cls(**({"lossless": True} if cls.slug == "hamburger" else {}))
+
+
+def resources(method: Method, model: PreTrainedModel) -> dict[str, Any]:
+    """What a method needs beside a model, with random weights of the model's shape."""
+    make = _RESOURCES.get(method.slug)
+    return {} if make is None else make(model)
+
+
+def _future_decoder(model: PreTrainedModel) -> dict[str, Any]:
+    from tokenry.speculation.future_token_prediction.model import FTPDecoder, config_for
+
+    settings = {"num_future_tokens": 4, "pseudo_len": 2, "decoder_layers": 1, "decoder_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder: Any = FTPDecoder(config_for(model, **settings, initializer_range=0.3))
+    return {"weights": decoder.to(dtype=model.dtype, device=model.device).eval()}
+
+
+def _mask_adapters(model: PreTrainedModel) -> dict[str, Any]:
+    from tests.speculation.test_gated_lora_mtp import random_adapters
+
+    return {"adapter": random_adapters(model)}
+
+
+def _draft_model(model: PreTrainedModel) -> dict[str, Any]:
+    """A model that agrees with a tiny target now and then."""
+    with torch.random.fork_rng():
+        return {"draft": tiny.model(dtype=model.dtype, seed=1)}
+
+
+def _grafts(model: PreTrainedModel) -> dict[str, Any]:
+    """Random grafts on a model that the tiny Llama is, and the others are not."""
+    from tokenry.speculation.hamburger import HamburgerModel
+
+    with torch.random.fork_rng():
+        own = HamburgerModel(tiny.model(dtype=model.dtype), micro_layers=1)
+        # A stop head that hesitates: groups of all sizes are drafted.
+        own.stop[-1].weight.data.mul_(60)
+        own.stop[-1].bias.data.sub_(3)
+    return {"weights": own.to(model.device)}
+
+
+_RESOURCES = {
+    "draft-model": _draft_model,
+    "draft-tree": _draft_model,
+    "dyspec": _draft_model,
+    "future-token-prediction": _future_decoder,
+    "gated-lora-mtp": _mask_adapters,
+    "hamburger": _grafts,
+}
+

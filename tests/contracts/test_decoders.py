@@ -10,23 +10,22 @@ from transformers import StaticCache
 from transformers.generation import StoppingCriteria
 
 from tests import tiny
-from tests.contracts.registered import drafters, registered
+from tests.contracts.registered import drafters, made, registered, resources
 from tokenry.errors import BadParameter, TokenryError, UnsupportedModel
 from tokenry.generation import GenerationResult
 from tokenry.generation.engine import Options
 from tokenry.kvcache import H2O
 
 NEW = 20
-EVERY = [cls() for cls in registered("decoder")]
-DRAFTERS = [cls() for cls in drafters()]
+EVERY = [made(cls) for cls in registered("decoder")]
+DRAFTERS = [made(cls) for cls in drafters()]
 TOKENIZER = tiny.tokenizer()
-TEXT = Options(resources={"tokenizer": TOKENIZER})
 
 
 def generate(method, model, inputs, **options):
-    """Generate through the native door, with a tokenizer at hand for methods that read text."""
+    """Generate through the native door, with what methods may ask for at hand."""
     settings = {"max_new_tokens": NEW, "do_sample": False} | options
-    extra = Options(seed=settings.pop("seed", None), resources={"tokenizer": TOKENIZER})
+    extra = Options(seed=settings.pop("seed", None), resources={"tokenizer": TOKENIZER, **resources(method, model)})
     return model.generate(**inputs, custom_generate=method, tokenry_options=extra, **settings)
 
 
@@ -151,14 +150,15 @@ def test_drafters_never_take_more_passes_than_tokens(method):
 @pytest.mark.parametrize("method", EVERY, ids=str)
 def test_a_policy_that_leaves_no_room_for_drafts_is_told_once_for_each_line(method, caplog):
     model, inputs = tiny.model(), tiny.prompts((30,))
+    text = Options(resources={"tokenizer": TOKENIZER, **resources(method, model)})
     with caplog.at_level(logging.WARNING, "tokenry"):
         with H2O(budget=24, compact_every=16)(model):
             generate(method, model, inputs)
         assert not caplog.records
         with H2O(budget=24)(model):
             for _ in range(3):
-                model.generate(**inputs, custom_generate=method, max_new_tokens=4, tokenry_options=TEXT)
-            model.generate(**inputs, custom_generate=method, max_new_tokens=4, tokenry_options=TEXT)
+                model.generate(**inputs, custom_generate=method, max_new_tokens=4, tokenry_options=text)
+            model.generate(**inputs, custom_generate=method, max_new_tokens=4, tokenry_options=text)
     texts = [record.getMessage() for record in caplog.records if record.name == "tokenry"]
     assert len(texts) == (2 if method.drafts else 0)
     assert all("h2o" in text and "compact_every=16" in text and method.slug in text for text in texts)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.contracts.registered import drafters, registered
+from tests.contracts.registered import drafters, made, registered
 from tests.contracts.test_decoders import TOKENIZER, generate
 from tokenry.errors import BudgetTooSmall
 
 CLASSES = registered("policy")
 # Parameters beyond the defaults that change how state is kept.
 VARIANTS = {"h2o": ({"decay": 0.7}, {"normalise": "count"}), "random": ({"recent": 0.1},)}
-EVERY = [cls() for cls in registered("decoder")]
-DRAFTERS = [cls() for cls in drafters()]
+EVERY = [made(cls) for cls in registered("decoder")]
+DRAFTERS = [made(cls) for cls in drafters()]
 SERVED = [kind for kind in tiny.SERVED if kind != "mistral"]
 
 

@@ -11,8 +11,8 @@ import torch
 import tokenry
 from tests.evaluation import tiny_text
 from tokenry.errors import BadParameter, BadPrompt, MethodNotFound, PromptTooLong, ResourceError
-from tokenry.evaluation import Comparison, bench_model, bench_speculation, comparison
-from tokenry.evaluation.running import Setting, Variant
+from tokenry.evaluation import Comparison, bench_model, comparison
+from tokenry.evaluation.running import Runner, Setting, Variant
 from tokenry.workloads import Example
 
 MODEL, TOKENIZER = tiny_text.model(), tiny_text.tokenizer()
@@ -58,7 +58,18 @@ def test_counts(result):
         row = result.row(label)
         assert row.forwards <= row.tokens and row.tokens_per_pass >= 1 and row.drafted >= row.accepted >= 0
     assert result.row("transformers-assisted").draft_forwards > 0
-    assert result.row("transformers-assisted").drafted is None
+    for row in result.rows:
+        # Each verify step commits what it accepted and one token of the model's own, but where an end cut it.
+        assert row.accepted <= row.drafted and row.tokens <= row.accepted + row.passes
+        assert len(row.drafted_to) == len(row.accepted_to) == len(row.acceptance)
+        assert all(mine <= its for mine, its in zip(row.accepted_to, row.drafted_to, strict=True)), row.label
+        assert list(row.drafted_to) == sorted(row.drafted_to, reverse=True)
+        assert row.accepted <= sum(row.accepted_to)
+        assert (row.drafter_seconds is None) == (row.method in ("transformers-prompt-lookup", "transformers"))
+        assert not row.drafter_seconds or row.drafter_seconds < row.seconds
+        assert len(row.tokens_per_pass_by_batch) == len(PROMPTS)
+    assert result.row("token-recycling").drafted_to and result.row("transformers-assisted").drafted_to
+    assert not plain.drafted_to and not result.row("transformers").drafted_to
     for label in ("h2o:budget=16", "sinks:budget=16"):
         assert 0 < result.row(label).kv_bytes < plain.kv_bytes
 
@@ -98,7 +109,8 @@ def test_json_holds_what_a_reader_needs(result, tmp_path):
     }  # fmt: skip
     assert set(data["rows"][0]) == {
         "workload", "method", "label", "family", "setting", "speed", "tokens_per_second", "pairs", "tokens",
-        "forwards", "draft_forwards", "drafted", "accepted", "forwards_per_token", "tokens_per_pass",
+        "forwards", "passes", "draft_forwards", "seconds", "drafter_seconds", "steps", "drafted", "accepted",
+        "drafted_to", "accepted_to", "forwards_per_token", "tokens_per_pass", "tokens_per_pass_by_batch",
         "tokens_per_step", "kv_bytes", "kv_peak_bytes", "quality", "quality_sd", "seeds", "agreement", "lossless",
         "near_ties", "broken", "bits_per_byte",
     }  # fmt: skip
@@ -194,15 +206,15 @@ def test_a_lone_prompt_and_a_lone_method_are_taken():
 
 
 def test_interruption_returns_complete_pairs(monkeypatch):
-    run, calls = comparison.run, []
+    run, calls = Runner.run, []
 
-    def interrupted(variant, *args, **kwargs):
+    def interrupted(self, variant, *args):
         calls.append(variant.label)
         if len(calls) == 2 + 2 * 3 + 1:  # warm-ups, one pair of three prompts, one run more
             raise KeyboardInterrupt
-        return run(variant, *args, **kwargs)
+        return run(self, variant, *args)
 
-    monkeypatch.setattr(comparison, "run", interrupted)
+    monkeypatch.setattr(Runner, "run", interrupted)
     found = compare(methods=["plain"], prompts=PROMPTS * 7, repeats=7)
     assert found.partial and [row.speed.count for row in found.rows] == [1, 1]
     assert "Interrupted" in str(found) and json.loads(found.to_json())["partial"] is True
@@ -214,7 +226,7 @@ def test_interruption_before_the_first_pair_still_returns(monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "run", interrupted)
+    monkeypatch.setattr(Runner, "run", interrupted)
     found = compare()
     assert found.partial and found.rows == () and "nothing was measured" in str(found)
     assert "Nothing was measured" in found.to_html()
@@ -230,13 +242,13 @@ def test_interruption_of_the_checks_keeps_the_rows(monkeypatch):
 
 
 def test_order_rotates(monkeypatch):
-    run, calls = comparison.run, []
+    run, calls = Runner.run, []
 
-    def noted(variant, *args, **kwargs):
+    def noted(self, variant, *args):
         calls.append(variant.label)
-        return run(variant, *args, **kwargs)
+        return run(self, variant, *args)
 
-    monkeypatch.setattr(comparison, "run", noted)
+    monkeypatch.setattr(Runner, "run", noted)
     compare(methods=["plain", "prompt-lookup"], prompts=["a"], repeats=3)
     names = ["transformers", "plain", "prompt-lookup"]
     assert calls == names + names + names[1:] + names[:1] + names[2:] + names[:2]
@@ -314,13 +326,13 @@ def test_a_path_is_never_a_workloads_name(tmp_path):
 
 
 def test_every_batch_size_is_warmed_up(monkeypatch):
-    run, calls = comparison.run, []
+    run, calls = Runner.run, []
 
-    def noted(variant, model, tokenizer, batch, options, **kwargs):
-        calls.append((variant.label, len(batch.examples), options["max_new_tokens"]))
-        return run(variant, model, tokenizer, batch, options, **kwargs)
+    def noted(self, variant, batch, max_new_tokens, seed):
+        calls.append((variant.label, len(batch.examples), max_new_tokens))
+        return run(self, variant, batch, max_new_tokens, seed)
 
-    monkeypatch.setattr(comparison, "run", noted)
+    monkeypatch.setattr(Runner, "run", noted)
     compare(methods=["plain"], batch_size=2, repeats=1)
     assert calls[:4] == [("transformers", 2, 8), ("plain", 2, 8), ("transformers", 1, 8), ("plain", 1, 8)]
     assert len(calls) == 8 and {tokens for *_, tokens in calls[4:]} == {16}
@@ -331,8 +343,3 @@ def test_a_draft_of_another_vocabulary_is_refused():
     draft.resize_token_embeddings(300)
     with pytest.raises(ResourceError, match="300 tokens"):
         bench_model(MODEL, TOKENIZER, draft=draft)
-
-
-def test_new_tokens_that_fill_the_context_are_refused():
-    with pytest.raises(PromptTooLong, match="context of 256"):
-        next(bench_speculation(MODEL, TOKENIZER, PROMPTS, max_new_tokens=256))

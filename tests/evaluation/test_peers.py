@@ -17,9 +17,10 @@ PLAIN = MODEL.generate(input_ids=IDS, attention_mask=MASK, **OPTIONS)
 def test_plain_takes_one_pass_a_token():
     result = TransformersGenerate().run(MODEL, IDS, MASK, **OPTIONS)
     assert torch.equal(result.sequences, PLAIN)
-    assert (result.forwards, result.draft_forwards) == (20, 0)
+    assert (result.stats.forwards, result.draft_forwards) == (20, 0)
+    assert result.stats.steps == result.stats.drafted == 0 and result.drafter_seconds is None
     # Two layers, keys and values, two heads of eight float32 for every token but the last.
-    assert result.kv_bytes == result.kv_peak_bytes == 39 * 2 * 2 * 2 * 8 * 4
+    assert result.stats.kv_bytes == result.stats.kv_peak_bytes == 39 * 2 * 2 * 2 * 8 * 4
 
 
 def test_prompt_lookup_gives_plains_tokens_in_fewer_passes_where_text_repeats():
@@ -27,8 +28,36 @@ def test_prompt_lookup_gives_plains_tokens_in_fewer_passes_where_text_repeats():
     mask = torch.ones_like(ids)
     plain = MODEL.generate(input_ids=ids, attention_mask=mask, **OPTIONS)
     result = TransformersPromptLookup(tokens=5).run(MODEL, ids, mask, **OPTIONS)
+    stats = result.stats
     assert torch.equal(result.sequences, plain)
-    assert result.forwards <= 20 and result.kv_peak_bytes >= result.kv_bytes
+    assert stats.forwards <= 20 and stats.kv_peak_bytes >= stats.kv_bytes
+    assert stats.verified == 20 and stats.steps == stats.forwards
+
+
+def test_steps_are_counted_as_the_candidates_were(monkeypatch):
+    """Against the library's own candidates: how many it handed over, and how many of them the text went on with."""
+    from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+    handed, get = [], PromptLookupCandidateGenerator.get_candidates
+
+    def noted(self, ids):
+        found = get(self, ids)
+        handed.append((ids.shape[1], found[0][0].tolist()))
+        return found
+
+    monkeypatch.setattr(PromptLookupCandidateGenerator, "get_candidates", noted)
+    ids = torch.cat([PLAIN, PLAIN[:, :20]], 1)
+    result = TransformersPromptLookup(tokens=5).run(MODEL, ids, torch.ones_like(ids), **OPTIONS)
+    text = result.sequences[0].tolist()
+    drafted, accepted = [], []
+    for (start, candidate), end in zip(handed, [*(start for start, _ in handed[1:]), len(text)], strict=True):
+        right = [a == b for a, b in zip(candidate[start:], text[start:], strict=False)]
+        drafted.append(len(candidate) - start)
+        accepted.append(min([*right, False].index(False), end - start - 1))
+    stats = result.stats
+    assert stats.drafted == sum(drafted) > 0 and stats.accepted == sum(accepted) > 0
+    assert stats.drafted_to == [sum(n >= depth for n in drafted) for depth in range(1, max(drafted) + 1)]
+    assert stats.accepted_to == [sum(n >= depth for n in accepted) for depth in range(1, max(drafted) + 1)]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "heuristic"])
@@ -38,14 +67,18 @@ def test_assisted_counts_both_models_and_leaves_the_draft_as_it_was(schedule):
     result = assisted.run(MODEL, IDS, MASK, resources={"draft": DRAFT}, **OPTIONS)
     again = assisted.run(MODEL, IDS, MASK, resources={"draft": DRAFT}, **OPTIONS)
     assert torch.equal(result.sequences, PLAIN)
-    assert 0 < result.forwards <= 20 and result.draft_forwards > 0
-    assert (result.forwards, result.draft_forwards) == (again.forwards, again.draft_forwards)
+    assert 0 < result.stats.forwards <= 20 and result.draft_forwards > 0
+    assert (result.stats, result.draft_forwards) == (again.stats, again.draft_forwards)
+    # Every drafted token took the draft one pass.
+    assert result.stats.drafted <= result.draft_forwards and result.drafter_seconds > 0
+    assert "generate" not in vars(DRAFT)
     assert DRAFT.generation_config is before and before.num_assistant_tokens != 4
 
 
 def test_a_model_that_drafts_for_itself_is_always_right():
     result = TransformersAssisted(tokens=4, confidence=0).run(MODEL, IDS, MASK, resources={"draft": MODEL}, **OPTIONS)
     assert torch.equal(result.sequences, PLAIN)
+    assert result.stats.steps == 0 and "generate" not in vars(MODEL)  # its own passes cannot be told from its drafts'
 
 
 def test_assisted_refuses_a_draft_of_another_vocabulary():

@@ -14,6 +14,7 @@ class Text:
 
     def __init__(self, *rows):
         width = max(map(len, rows))
+        self.batch, self.max_length, self.alive = len(rows), width + 5, [True] * len(rows)
         self.ids = torch.tensor([[0] * (width - len(row)) + list(row) + [0] * 5 for row in rows])
         self.lengths = [width] * len(rows)
         self.length = torch.tensor(self.lengths)
@@ -23,7 +24,8 @@ class Text:
 
 
 def drafted(*rows, room=99, **options):
-    tree = PromptLookup(**options).propose(Text(*rows), None, room)
+    lookup, session = PromptLookup(**options), Text(*rows)
+    tree = lookup.propose(session, lookup.start(session), room)
     valid = torch.ones_like(tree.tokens, dtype=torch.bool) if tree.valid is None else tree.valid
     return [ids[real].tolist()[1:] for ids, real in zip(tree.tokens, valid, strict=True)]
 
@@ -54,7 +56,7 @@ def test_rows_of_a_batch_are_looked_up_on_their_own_and_without_their_padding():
     assert drafted(*rows, tokens=2) == [drafted(row, tokens=2)[0] for row in rows] == [[3, 1], [], [7, 0]]
 
 
-@pytest.mark.parametrize("options", [{}, {"match": "first"}, {"tokens": 3, "ngram": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"match": "first"}, {"tokens": 3, "ngram": 1}, {"tokens": "auto"}], ids=str)
 @pytest.mark.parametrize("lengths", [(12,), (12, 1, 7)], ids=str)
 def test_greedy_is_lossless(options, lengths):
     model, inputs = tiny.model(dtype=torch.float64), tiny.prompts(lengths)
@@ -86,7 +88,7 @@ def test_it_needs_no_more_passes_than_transformers(seed):
 
 
 def test_bad_values():
-    for bad in ({"tokens": 0}, {"ngram": 0}, {"match": "best"}):
+    for bad in ({"tokens": 0}, {"tokens": "most"}, {"ngram": 0}, {"match": "best"}):
         with pytest.raises(BadParameter):
             PromptLookup(**bad)
 

@@ -5,10 +5,15 @@ running      one run of one method, and prompts made ready for it
 metrics      bits per byte, agreement, losslessness, medians with quartiles
 peers        other libraries' methods, measured in the same run
 results      what compare gives back; tables and report show it
-bench        figures of a model, and of a family against its targets
+bench        figures of a model
+speculation  drafters task by task
+checks       what should hold between methods, and whether it did
+claims       what the papers claim, on what, and why it can differ here
+pages        docs/results: one page a family, from the JSON of compare and bench
 """
 
-from .bench import SPECULATION_METHODS, ModelFigures, bench_model, bench_speculation
+from .bench import ModelFigures, bench_model
+from .checks import Check
 from .comparison import DEFAULT_METHODS, compare, samples
 from .metrics import (
     Agreement,
@@ -19,13 +24,15 @@ from .metrics import (
     check_lossless,
     compressed_bits_per_byte,
 )
+from .pages import family_pages, write_pages
 from .peers import Peer, TransformersAssisted, TransformersGenerate, TransformersPromptLookup
 from .results import Comparison, Row, Sample
 from .running import Setting
+from .speculation import SpeculationBench, bench_speculation
 
 __all__ = [
-    "DEFAULT_METHODS", "SPECULATION_METHODS", "Agreement", "Comparison", "Lossless", "ModelFigures", "Peer", "Row",
-    "Sample", "Setting", "Spread", "TransformersAssisted", "TransformersGenerate", "TransformersPromptLookup",
-    "agreement", "bench_model", "bench_speculation", "bits_per_byte", "check_lossless", "compare",
-    "compressed_bits_per_byte", "samples",
+    "DEFAULT_METHODS", "Agreement", "Check", "Comparison", "Lossless", "ModelFigures", "Peer", "Row", "Sample",
+    "Setting", "SpeculationBench", "Spread", "TransformersAssisted", "TransformersGenerate",
+    "TransformersPromptLookup", "agreement", "bench_model", "bench_speculation", "bits_per_byte", "check_lossless",
+    "compare", "compressed_bits_per_byte", "family_pages", "samples", "write_pages",
 ]  # fmt: skip

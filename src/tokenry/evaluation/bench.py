@@ -1,25 +1,19 @@
-"""Figures of a model, and speculation against its promises: what `tokenry bench` prints."""
+"""Figures of a model: what `tokenry bench model` prints."""
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.text import Text
 
-from tokenry.errors import BadPrompt, PromptTooLong, ResourceError
-from tokenry.methods import Combination, Method
+from tokenry.errors import BadPrompt, ResourceError
 from tokenry.methods import method as read_method
-from tokenry.models import context_length
 from tokenry.workloads import Example, examples, held_out_files
 
-from .comparison import PAIRS, compare
 from .environment import describe_model, machine, versions
 from .metrics import bits_per_byte, compressed_bits_per_byte
-from .results import Comparison
-from .running import Prompts, Setting, Variant, prepare, run, run_options
+from .running import Runner, Setting, Variant
 
-SPECULATION_METHODS = ("plain", "prompt-lookup", "token-recycling")
 RECALL_TOKENS = 1500
 """Tokens of context at which recall is measured."""
 
@@ -146,63 +140,12 @@ def _scores(
     model: Any, tokenizer: Any, name: str, group: list[Example], new: int | None, batch_size: int
 ) -> list[float]:
     """Score greedy outputs of transformers' plain `generate`."""
-    task = prepare(name, group, model, tokenizer, max_new_tokens=new, batch_size=batch_size, tail=None)
+    runner = Runner(model, tokenizer)
+    task = runner.prepare(name, group, max_new_tokens=new, batch_size=batch_size)
     plain = Variant(read_method("transformers"), Setting())
-    options = {**run_options(model, tokenizer, False), "max_new_tokens": task.max_new_tokens}
     scores = []
     for batch in task.batches:
-        rows = run(plain, model, tokenizer, batch, options, seed=0).tokens
+        rows = runner.run(plain, batch, task.max_new_tokens).tokens
         for example, row in zip(batch.examples, rows, strict=True):
             scores.append(example.check(tokenizer.decode(row, skip_special_tokens=True)))
     return scores
-
-
-def bench_speculation(
-    model: Any,
-    tokenizer: Any,
-    prompts: Prompts | None = None,
-    *,
-    methods: Sequence[str | Method | Combination] = SPECULATION_METHODS,
-    workloads: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
-    batch_sizes: Sequence[int] = (1,),
-    max_new_tokens: int = 64,
-    tail: int | None = None,
-    repeats: int = PAIRS,
-    limit: int = 14,
-    seed: int = 0,
-    progress: bool = True,
-) -> Iterator[Comparison]:
-    """Check that drafters change nothing but the number of passes: yields one comparison for each batch size.
-
-    Every output is compared with transformers' plain `generate` over the same batch; `Row.broken` counts
-    those that differ otherwise than from a near tie on.
-
-    Args:
-        model: A causal model.
-        tokenizer: Its tokenizer.
-        prompts: Texts, or the path of a JSONL file such as Spec-Bench's.
-        methods: Drafters, as text.
-        workloads: Bundled workloads; by default all four if there are no prompts.
-        batch_sizes: Prompts that run together, one comparison for each.
-        max_new_tokens: New tokens a prompt.
-        tail: Keep only the last so many tokens of each prompt.
-        repeats: Interleaved pairs over which the prompts are dealt.
-        limit: Examples of each named workload.
-        seed: Seed of the workloads.
-        progress: Show progress on a terminal.
-
-    Raises:
-        BadPrompt, PromptTooLong, BadParameter, MethodNotFound: As `compare` does.
-    """
-    if tail is None and (context := context_length(model)):
-        tail = context - max_new_tokens
-        if tail < 1:
-            raise PromptTooLong(
-                f"{max_new_tokens} new tokens leave no room for a prompt in the model's context of {context}; "
-                "ask for fewer new tokens"
-            )
-    for size in batch_sizes:
-        yield compare(
-            model, tokenizer, prompts, methods, workloads=workloads, max_new_tokens=max_new_tokens, tail=tail,
-            repeats=repeats, limit=limit, batch_size=size, seed=seed, sample=False, progress=progress,
-        )  # fmt: skip

@@ -1,9 +1,10 @@
 """`compare`: methods side by side on one model and text, in one process run."""
 
+import contextlib
+import hashlib
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from tokenry.errors import BadParameter
+from tokenry.errors import BadParameter, TokenryError
+from tokenry.generation import Plain, Stats
 from tokenry.generation.full import effective
 from tokenry.methods import Combination, Method
 from tokenry.methods import method as read_method
@@ -21,8 +23,9 @@ from tokenry.models import load, resource, weights_hash
 
 from .environment import describe_model, machine, model_name, versions
 from .metrics import Lossless, Spread, agreement, bits_per_byte, check_lossless
+from .peers import Peer
 from .results import Comparison, Row, Sample
-from .running import Outcome, Prompts, Setting, Task, Variant, collect, deal, kept_tokens, prepare, run, run_options
+from .running import Outcome, Prompts, Runner, Setting, Task, Variant, collect, deal
 
 REFERENCE = "transformers"
 """The method every speed is a ratio to: transformers' plain `generate`."""
@@ -32,7 +35,6 @@ PAIRS = 7
 """Fewest interleaved pairs that a statement on speed rests on."""
 
 _SAMPLING = frozenset({"cntp"})  # methods that choose among sampled continuations: greedily they do nothing
-_SAME_AS_PLAIN = frozenset({"generation", "speculation", "peers"})  # families that promise plain's output
 _SEEDS = {"arithmetic": 3}  # sampled runs of each prompt; one elsewhere
 
 Advance = Callable[..., None]
@@ -116,12 +118,12 @@ def compare(
     if tokenizer is None or isinstance(model, str | Path):
         model, found = load(model)
         tokenizer = tokenizer or found
+    runner = Runner(model, tokenizer, ignore_eos, resources)
     tasks = [
-        prepare(name, group, model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, tail=tail)
+        runner.prepare(name, group, max_new_tokens=max_new_tokens, batch_size=batch_size, tail=tail)
         for name, group in groups.items()
     ]
-    options = run_options(model, tokenizer, ignore_eos)
-    bench = _Bench(model, tokenizer, variants, tasks, repeats, seed, seeds, options, resources)
+    bench = _Bench(runner, variants, tasks, repeats, seed, seeds)
     with _progress(progress, bench.steps) as advance:
         partial = bench.measure(advance)
         try:
@@ -169,6 +171,13 @@ def samples(method: Method | Combination) -> bool:
     return part.slug in _SAMPLING
 
 
+def lossless(method: Method | Combination) -> bool:
+    """Whether a method promises plain's own output: plain itself and peers do, and drafters that verify."""
+    if isinstance(method, Plain | Peer):
+        return True
+    return bool(getattr(method, "drafts", False)) and getattr(method, "lossless", True) is True
+
+
 def _variants(methods: list[Method | Combination], sampled: Setting, sample: bool | None) -> list[Variant]:
     """Greedy rows first, then sampled ones, each group led by the reference."""
     groups: dict[Setting, list[Method | Combination]] = {}
@@ -182,21 +191,32 @@ def _variants(methods: list[Method | Combination], sampled: Setting, sample: boo
 
 
 def _resources(model: Any, variants: list[Variant], given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Name and weights hash of every second model that a method uses."""
+    """Name and weights hash of every second model and table that a method uses."""
     found = []
     for part in dict.fromkeys(part for variant in variants for part in variant.parts):
         for name in type(part).resources:
+            entry = {"method": str(part), "resource": name}
             place = getattr(part, name)
             second = given.get(name)
-            if second is None and place:
-                second = resource(place, model)
+            if second is None and place and not Path(place).is_file():
+                with contextlib.suppress(TokenryError):  # a folder of other weights than a whole model
+                    second = resource(place, model)
             if isinstance(second, PreTrainedModel):
-                entry = {"method": str(part), "resource": name, "name": model_name(second)}
-                found.append({**entry, "weights_hash": weights_hash(second)})
+                found.append({**entry, "name": model_name(second), "weights_hash": weights_hash(second)})
+            elif second is None and place and Path(place).exists():
+                found.append({**entry, "name": Path(place).name, "weights_hash": _files_hash(Path(place))})
     return found
 
 
-@contextmanager
+def _files_hash(place: Path) -> str:
+    """Twelve hexadecimal digits that change with any byte of a file, or of the files of a folder."""
+    digest = hashlib.sha256()
+    for path in [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
 def _progress(show: bool, steps: int) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(file=sys.stderr)
@@ -237,15 +257,12 @@ class _Tally:
 class _Bench:
     """The runs of all variants on all tasks, and what they say."""
 
-    model: Any
-    tokenizer: Any
+    runner: Runner
     variants: list[Variant]
     tasks: list[Task]
     repeats: int
     seed: int
     seeds: int | None
-    options: dict[str, Any]
-    resources: dict[str, Any] | None
 
     def __post_init__(self) -> None:
         self.tallies = {(task.name, variant): _Tally() for task in self.tasks for variant in self.variants}
@@ -270,7 +287,7 @@ class _Bench:
                 for batch in _sizes(task).values():
                     for variant in self.variants:
                         advance(f"warm-up · {task.name} · {variant.label}")
-                        self._run(task, variant, batch, self.seed, min(8, task.max_new_tokens))
+                        self.runner.run(variant, task.batches[batch], min(8, task.max_new_tokens), self.seed)
                         advance(f"warm-up · {task.name} · {variant.label}", 1)
             for pair in range(self.repeats):
                 for task in self.tasks:
@@ -288,8 +305,11 @@ class _Bench:
             advance(where)
             found[variant] = {
                 # Prompts, draws and pairs never share a seed, so no run repeats another's draws.
-                (pair, batch, draw): self._run(
-                    task, variant, batch, self.seed + 1_000_003 * draw + 1009 * batch + pair, task.max_new_tokens
+                (pair, batch, draw): self.runner.run(
+                    variant,
+                    task.batches[batch],
+                    task.max_new_tokens,
+                    self.seed + 1_000_003 * draw + 1009 * batch + pair,
                 )
                 for batch in batches
                 for draw in range(self.draws(task, variant))
@@ -301,12 +321,6 @@ class _Bench:
             tally.outcomes |= outcomes
             tokens = sum(len(row) for outcome in outcomes.values() for row in outcome.tokens)
             tally.speeds.append(tokens / sum(outcome.seconds for outcome in outcomes.values()))
-
-    def _run(self, task: Task, variant: Variant, batch: int, seed: int, tokens: int) -> Outcome:
-        options = {**self.options, "max_new_tokens": tokens}
-        return run(
-            variant, self.model, self.tokenizer, task.batches[batch], options, seed=seed, resources=self.resources
-        )
 
     # --- what the runs say ---
 
@@ -326,12 +340,11 @@ class _Bench:
         outcomes = list(tally.outcomes.values())
         ratios = tuple(mine / its for mine, its in zip(tally.speeds, reference.speeds, strict=True))
         greedy = not variant.setting.do_sample
-        peer = variant.family == "peers"
-        tokens = sum(len(row) for outcome in outcomes for row in outcome.tokens)
-        passes = sum(outcome.passes for outcome in outcomes)
-        steps = sum(outcome.steps for outcome in outcomes)
-        promised = greedy and tally is not reference and set(variant.family.split("+")) <= _SAME_AS_PLAIN
-        lossless = self._lossless(task, tally, reference) if promised and check else None
+        total = Stats.total(outcome.stats for outcome in outcomes)
+        by_batch = (tally.outcomes[key].stats.tokens_per_pass for key in tally.distinct.values())
+        drafting = [outcome.drafter_seconds for outcome in outcomes if outcome.drafter_seconds is not None]
+        promised = greedy and tally is not reference and lossless(variant.method)
+        checked = self._lossless(task, tally, reference) if promised and check else None
         quality, deviation = self._quality(task, variant, tally)
         return Row(
             workload=task.name,
@@ -342,23 +355,30 @@ class _Bench:
             speed=Spread.of(ratios),
             tokens_per_second=Spread.of(tally.speeds),
             pairs=ratios,
-            tokens=tokens,
-            forwards=sum(outcome.forwards for outcome in outcomes),
+            tokens=total.committed,
+            forwards=total.forwards,
+            passes=total.passes,
             draft_forwards=sum(outcome.draft_forwards for outcome in outcomes),
-            drafted=None if peer else sum(outcome.drafted for outcome in outcomes),
-            accepted=None if peer else sum(outcome.accepted for outcome in outcomes),
-            forwards_per_token=passes / max(1, tokens),
-            tokens_per_pass=tokens / max(1, passes),
-            tokens_per_step=sum(outcome.verified for outcome in outcomes) / steps if steps else None,
-            kv_bytes=max(outcome.kv_bytes for outcome in outcomes),
-            kv_peak_bytes=max(outcome.kv_peak_bytes for outcome in outcomes),
+            seconds=sum(outcome.seconds for outcome in outcomes),
+            drafter_seconds=sum(drafting) if drafting else None,
+            steps=total.steps,
+            drafted=total.drafted,
+            accepted=total.accepted,
+            drafted_to=tuple(total.drafted_to),
+            accepted_to=tuple(total.accepted_to),
+            forwards_per_token=total.passes / max(1, total.committed),
+            tokens_per_pass=total.tokens_per_pass,
+            tokens_per_pass_by_batch=tuple(by_batch),
+            tokens_per_step=total.tokens_per_step if total.steps else None,
+            kv_bytes=total.kv_bytes,
+            kv_peak_bytes=total.kv_peak_bytes,
             quality=quality,
             quality_sd=deviation,
             seeds=0 if greedy else self.draws(task, variant),
             agreement=self._agreement(tally, reference) if greedy else None,
-            lossless=str(lossless) if lossless else None,
-            near_ties=lossless.near_ties if lossless else 0,
-            broken=lossless.broken if lossless else 0,
+            lossless=str(checked) if checked else None,
+            near_ties=checked.near_ties if checked else 0,
+            broken=checked.broken if checked else 0,
             bits_per_byte=bits,
         )
 
@@ -374,7 +394,9 @@ class _Bench:
         for index, key in tally.distinct.items():
             batch = task.batches[index]
             expected, got = reference.outcomes[key].tokens, tally.outcomes[key].tokens
-            total += check_lossless(self.model, batch.input_ids, batch.attention_mask, expected, got, **self.options)
+            total += check_lossless(
+                self.runner.model, batch.input_ids, batch.attention_mask, expected, got, **self.runner.options
+            )
         return total
 
     def _quality(self, task: Task, variant: Variant, tally: _Tally) -> tuple[float | None, float | None]:
@@ -388,7 +410,7 @@ class _Bench:
             for example, row in zip(task.batches[key[1]].examples, tally.outcomes[key].tokens, strict=True):
                 if not example.answer:
                     continue
-                output = self.tokenizer.decode(row, skip_special_tokens=True)
+                output = self.runner.tokenizer.decode(row, skip_special_tokens=True)
                 scores.setdefault(key[2], []).append(example.check(output))
         # An interrupted run can lack the prompts with answers.
         if not scores:
@@ -406,7 +428,9 @@ class _Bench:
                 continue
             if str(policy) not in known:
                 advance(f"bits per byte · {variant.label}")
-                known[str(policy)] = bits_per_byte(self.model, self.tokenizer, text, policy=policy, stepwise=True)
+                known[str(policy)] = bits_per_byte(
+                    self.runner.model, self.runner.tokenizer, text, policy=policy, stepwise=True
+                )
             found[variant] = known[str(policy)]
         return found
 
@@ -425,13 +449,12 @@ class _Bench:
                 kept = None
                 if trace and any(part.role == "policy" for part in variant.parts):
                     advance(f"trace · {task.name} · {variant.label}")
-                    options = {**self.options, "max_new_tokens": task.max_new_tokens}
-                    kept = kept_tokens(variant, self.model, self.tokenizer, prompt[None], options, self.resources)
+                    kept = self.runner.kept_tokens(variant, prompt[None], task.max_new_tokens)
                 found.append(
                     Sample(
                         workload=task.name,
                         label=variant.label,
-                        prompt=self.tokenizer.decode(prompt),
+                        prompt=self.runner.tokenizer.decode(prompt),
                         tokens=tuple(zip(self._texts(new), sources, strict=True)),
                         kept=kept,
                         prompt_tokens=tuple(self._texts(prompt.tolist())) if kept else (),
@@ -440,4 +463,4 @@ class _Bench:
         return found
 
     def _texts(self, ids: list[int]) -> list[str]:
-        return [self.tokenizer.decode([token]) for token in ids]
+        return [self.runner.tokenizer.decode([token]) for token in ids]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenry.models import bundled, context_length, path, weights_hash
+from tokenry.models import context_length, loaded_name, weights_hash
 
 _PACKAGES = ("tokenry", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -52,8 +52,7 @@ def versions() -> dict[str, str]:
 
 def model_name(model: Any) -> str:
     """Return the name a model was loaded by: its bundled name, path or id; its class if it has none."""
-    place = str(getattr(model, "name_or_path", "") or "")
-    return next((name for name in bundled() if str(path(name)) == place), place) or type(model).__name__
+    return loaded_name(model) or type(model).__name__
 
 
 def describe_model(model: Any) -> dict[str, Any]:

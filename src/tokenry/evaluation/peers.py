@@ -1,10 +1,12 @@
 """Other libraries' ways to generate, as methods that `compare` measures in the same run.
 
-Each runs its library natively. Forward passes are counted by hooks, since the libraries do not report them.
+Each runs its library natively. Forward passes and verify steps are counted by hooks, since the libraries do not report
+them.
 """
 
 import contextlib
 import copy
+import time
 from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from tokenry.errors import BadParameter, ResourceError
+from tokenry.generation.result import Stats
 from tokenry.methods import Method
 from tokenry.models import resource
 
@@ -23,17 +26,17 @@ class PeerResult:
 
     Args:
         sequences: Prompts and new tokens `[batch, length]`.
-        forwards: Forward passes of the model.
+        stats: Forward passes, bytes of keys and values (0 if the cache's class does not show its tensors; the peak
+            counts drafts until they are rejected), and of a peer that drafts its verify steps. What is committed is
+            for the caller to count, who knows the end tokens.
         draft_forwards: Forward passes of the second model.
-        kv_bytes: Bytes of the model's key-value cache at the end; 0 if its class does not show its tensors.
-        kv_peak_bytes: The most it held: drafts stand in it until they are rejected.
+        drafter_seconds: Time within the second model's own `generate`; None where there is none to time.
     """
 
     sequences: torch.Tensor
-    forwards: int
+    stats: Stats
     draft_forwards: int
-    kv_bytes: int
-    kv_peak_bytes: int
+    drafter_seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ class Peer(Method, ABC):
 
     role: ClassVar[str] = "peer"
     batches: ClassVar[bool] = True
+    """Whether it takes several prompts at once."""
+
+    drafts: ClassVar[bool] = False
+    """Whether it drafts, so that each of its forward passes is a verify step."""
 
     @contextlib.contextmanager
     def setting(self, model: Any, resources: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -71,42 +78,94 @@ class Peer(Method, ABC):
         """
         if input_ids.shape[0] > 1 and not self.batches:
             raise BadParameter(f"{self.slug} takes one prompt at a time; use batch size 1 with it")
-        target, draft = _Count(), _Count()
-        with self.setting(model, resources or {}) as own, target.on(model), draft.on(own.get("assistant_model")):
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                return_dict_in_generate=True,
-                **options,
-                **own,
-            )
-        held, peak = _nbytes(output.past_key_values, target.longest)
-        return PeerResult(output.sequences, target.forwards, draft.forwards, held, peak)
+        target, draft = _Passes(), _Passes()
+        generate = model.generate
+        with self.setting(model, resources or {}) as own:
+            second = own.get("assistant_model")
+            with target.on(model), draft.on(second), _timed(second) as clock:
+                output = generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    return_dict_in_generate=True,
+                    **options,
+                    **own,
+                )
+        stats = Stats(forwards=len(target.seen))
+        stats.kv_bytes, stats.kv_peak_bytes = _nbytes(output.past_key_values, target.longest)
+        # The passes of a model that drafts for itself cannot be told apart.
+        if self.drafts and second is not model:
+            _count_steps(stats, target.seen, input_ids.shape[1], output.sequences.shape[1])
+        return PeerResult(output.sequences, stats, len(draft.seen), None if second is None else clock.seconds)
 
 
-class _Count:
-    """Counts a model's forward passes and notes its longest cache, by a hook."""
+class _Passes:
+    """Notes of each forward pass of a model how many tokens its cache held and how many it was given, by a hook."""
 
     def __init__(self) -> None:
-        self.forwards = 0
-        self.longest = 0
+        self.seen: list[tuple[int, int]] = []
+
+    @property
+    def longest(self) -> int:
+        """The longest that the cache was."""
+        return max((past + new for past, new in self.seen), default=0)
 
     @contextlib.contextmanager
     def on(self, model: Any) -> Iterator[None]:
         if model is None:
             yield
             return
-        handle = model.register_forward_hook(self._seen)
+        handle = model.register_forward_pre_hook(self._note, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def _seen(self, module: Any, args: Any, output: Any) -> None:
-        self.forwards += 1
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            self.longest = max(self.longest, cache.get_seq_length())
+    def _note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        cache = kwargs.get("past_key_values")
+        self.seen.append((0 if cache is None else int(cache.get_seq_length()), ids.shape[1]))
+
+
+class _Clock:
+    seconds = 0.0
+
+
+@contextlib.contextmanager
+def _timed(model: Any) -> Iterator[_Clock]:
+    """Time a second model's `generate` inside the block; it waits for its own tokens, so no device is left behind."""
+    clock = _Clock()
+    if model is None:
+        yield clock
+        return
+    generate = model.generate
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            clock.seconds += time.perf_counter() - start
+
+    model.generate = timed
+    try:
+        yield clock
+    finally:
+        del model.generate
+
+
+def _count_steps(stats: Stats, seen: list[tuple[int, int]], prompt: int, end: int) -> None:
+    """Count one row's verify steps from its passes: the text before each is what its cache holds and one token more."""
+    starts = [prompt, *(past + 1 for past, _ in seen[1:]), end]
+    for (past, given), start, following in zip(seen, starts, starts[1:], strict=False):
+        drafted = past + given - start
+        # The last token of a step is the model's own, unless an end token among the drafts ended the text.
+        accepted = min(drafted, following - start - 1)
+        stats.steps += 1
+        stats.verified += following - start
+        stats.drafted += drafted
+        stats.accepted += accepted
+        stats.note_walk(torch.tensor([drafted]), torch.tensor([accepted]))
+    stats.settle()
 
 
 def _nbytes(cache: Any, longest: int) -> tuple[int, int]:
@@ -131,6 +190,7 @@ class TransformersPromptLookup(Peer):
     """
 
     batches: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
     tokens: int = 10
 
     def validate(self) -> None:
@@ -155,6 +215,7 @@ class TransformersAssisted(Peer):
 
     resources: ClassVar[tuple[str, ...]] = ("draft",)
     batches: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
     draft: str = "tokenry/code-draft"
     tokens: int = 20
     schedule: Literal["constant", "heuristic", "heuristic_transient"] = "constant"

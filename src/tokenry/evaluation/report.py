@@ -4,9 +4,8 @@ from typing import Any
 
 import jinja2
 
-from .metrics import Spread
 from .svg import Bar, Point, bars, scatter
-from .tables import ratio, size
+from .tables import size, spread
 
 _SOURCES = {
     "plain": "plain",
@@ -27,17 +26,13 @@ def render(data: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"bytes": size, "spread": _spread}
+    environment.filters |= {"bytes": size, "spread": spread}
     page = environment.get_template("report.html.j2")
     # A partial result has fewer pairs than were asked for.
     pairs = min((row["speed"]["count"] for row in data["rows"]), default=0)
     return page.render(
         data=data, pairs=pairs, sections=[_section(data, facts) for facts in data["workloads"]], sources=_SOURCES
     )
-
-
-def _spread(found: dict[str, Any]) -> str:
-    return ratio(Spread(**found)) if found["median"] is not None else "–"
 
 
 def _section(data: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

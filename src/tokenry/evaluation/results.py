@@ -33,13 +33,20 @@ class Row:
         pairs: The ratios behind `speed`.
         tokens: New tokens in all timed runs.
         forwards: Forward passes of the model in all timed runs, prefill included.
-        draft_forwards: Forward passes of a second model.
-        drafted: Drafted tokens that were verified; None where the library does not tell.
-        accepted: Those of them that were accepted; None likewise.
+        passes: The same, a pass counted once for each unfinished row.
+        draft_forwards: Forward passes of a peer's second model.
+        seconds: Time of all timed runs.
+        drafter_seconds: The part of it spent on drafting; None where the library does not tell.
+        steps: Verify steps in all timed runs, counted once for each unfinished row.
+        drafted: Drafted tokens that were verified.
+        accepted: Those of them that were accepted.
+        drafted_to: At `d - 1` the verify steps whose drafts reached depth `d`.
+        accepted_to: Those of them whose accepted path reached it too.
         forwards_per_token: Forward passes of the model over new tokens, a pass counted once for each
             unfinished row.
         tokens_per_pass: The inverse: tokens a row gained with each pass; 1 is plain. A trial row (CNTP's) counts
             as a pass of its own.
+        tokens_per_pass_by_batch: The same for each batch of prompts, in their order.
         tokens_per_step: Tokens committed per verify step, the model's own token included; None without steps.
         kv_bytes: Largest key-value cache that the model was left with at the end of a run.
         kv_peak_bytes: Largest that it had within a run.
@@ -66,11 +73,18 @@ class Row:
     pairs: tuple[float, ...]
     tokens: int
     forwards: int
+    passes: int
     draft_forwards: int
-    drafted: int | None
-    accepted: int | None
+    seconds: float
+    drafter_seconds: float | None
+    steps: int
+    drafted: int
+    accepted: int
+    drafted_to: tuple[int, ...]
+    accepted_to: tuple[int, ...]
     forwards_per_token: float
     tokens_per_pass: float
+    tokens_per_pass_by_batch: tuple[float, ...]
     tokens_per_step: float | None
     kv_bytes: int
     kv_peak_bytes: int
@@ -82,6 +96,11 @@ class Row:
     near_ties: int
     broken: int
     bits_per_byte: float | None
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of the steps that drafted to depth 1, 2, ... whose accepted path reached it."""
+        return tuple(mine / its for mine, its in zip(self.accepted_to, self.drafted_to, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +168,7 @@ class Comparison:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the comparison as JSON, and write it to `path` if one is given."""
-        text = json.dumps(_finite(self.to_dict()), indent=1, ensure_ascii=False)
+        text = json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False)
         if path is not None:
             _write(path, text + "\n")
         return text
@@ -158,7 +177,7 @@ class Comparison:
         """Return the report, one HTML page without external parts, and write it to `path` if one is given."""
         from .report import render
 
-        page = render(_finite(self.to_dict()))
+        page = render(finite(self.to_dict()))
         if path is not None:
             _write(path, page)
         return page
@@ -169,18 +188,22 @@ class Comparison:
         return comparison_tables(self)
 
     def __str__(self) -> str:
-        # A terminal shows colours and its own width; a file or a log gets room for every column.
-        console = Console(file=io.StringIO(), width=150, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return printed(self)
 
 
-def _finite(value: Any) -> Any:
+def printed(shown: Any) -> str:
+    """Return as text what rich shows; a terminal has its own width, a file or a log gets room for every column."""
+    console = Console(file=io.StringIO(), width=150, color_system=None)
+    console.print(shown)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def finite(value: Any) -> Any:
     """Return plain data with tuples as lists and numbers that JSON lacks as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and value - value != 0 else value
 
 

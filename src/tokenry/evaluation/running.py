@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
-from tokenry.generation import generate
+from tokenry.generation import Stats, generate
 from tokenry.methods import Combination, Method, find
 from tokenry.models import context_length
 from tokenry.workloads import Example, examples, jsonl
@@ -93,20 +93,20 @@ class Batch:
 class Outcome:
     """What a run gave: the new tokens of each row (end of text included), and what it cost.
 
-    The counts are those of `tokenry.generation.Stats`; a peer's verify steps are not known.
+    Args:
+        tokens: The new tokens.
+        seconds: Time of the whole call.
+        stats: Its counts; a peer's own, as far as they can be seen from outside.
+        drafter_seconds: The part of the time spent on drafting; None where the library does not tell.
+        draft_forwards: Forward passes of a peer's second model.
+        sources: Where each token comes from; None where the library does not tell.
     """
 
     tokens: list[list[int]]
     seconds: float
-    forwards: int
-    passes: int
-    kv_bytes: int
-    kv_peak_bytes: int
+    stats: Stats
+    drafter_seconds: float | None
     draft_forwards: int = 0
-    steps: int = 0
-    verified: int = 0
-    drafted: int = 0
-    accepted: int = 0
     sources: list[list[str]] | None = None
 
 
@@ -180,58 +180,6 @@ def _example(prompt: Any) -> Example:
     return Example(prompt, "", lambda output: 1.0)
 
 
-def prepare(
-    name: str,
-    group: Sequence[Example],
-    model: Any,
-    tokenizer: Any,
-    *,
-    max_new_tokens: int | None,
-    batch_size: int,
-    tail: int | None,
-) -> Task:
-    """Turn examples into batches of ids on the model's device.
-
-    Without `max_new_tokens` a prompt may get what the longest answer takes, from 64 to 256 tokens. `tail`
-    keeps only the last so many tokens of each prompt.
-
-    Raises:
-        PromptTooLong: A prompt and its new tokens exceed the model's context.
-        BadParameter: The batch size, the tail or the number of new tokens is below 1.
-    """
-    for option, value in (("batch_size", batch_size), ("tail", tail), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise BadParameter(f"{option}={value} is not allowed; it must be at least 1")
-    rows = [tokenizer(example.prompt)["input_ids"] for example in group]
-    if tail:
-        rows = [row[-tail:] for row in rows]
-    longest, limit = max(map(len, rows)), context_length(model)
-    if max_new_tokens is None:
-        wanted = max(len(tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in group) + 4
-        max_new_tokens = min(max(64, wanted), 256, max(1, (limit or longest + 256) - longest))
-    for number, row in enumerate(rows, 1):
-        if limit and len(row) + max_new_tokens > limit:
-            raise PromptTooLong(
-                f"{name}: prompt {number} has {len(row)} tokens, and with {max_new_tokens} new ones it exceeds the "
-                f"model's context of {limit}; shorten it, keep its end (tail) or ask for fewer new tokens"
-            )
-    pad = pad_token(model, tokenizer)
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        width = max(map(len, part))
-        ids = [[pad] * (width - len(row)) + row for row in part]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in part]
-        batches.append(
-            Batch(
-                torch.tensor(ids, device=model.device),
-                torch.tensor(mask, device=model.device),
-                tuple(group[start : start + batch_size]),
-            )
-        )
-    return Task(name, tuple(batches), max_new_tokens, any(example.answer for example in group))
-
-
 def pad_token(model: Any, tokenizer: Any) -> int:
     """Return the id that fills rows, chosen as `tokenry.generate` chooses it."""
     candidates = (tokenizer.pad_token_id, model.generation_config.pad_token_id, 0)
@@ -251,126 +199,144 @@ def deal(count: int, repeats: int) -> list[list[int]]:
     return [list(range(count * pair // repeats, count * (pair + 1) // repeats)) for pair in range(repeats)]
 
 
-# --- one run ------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
-def run_options(model: Any, tokenizer: Any, ignore_eos: bool) -> dict[str, Any]:
-    """Return the options of `generate` that all methods share."""
-    options: dict[str, Any] = {"pad_token_id": pad_token(model, tokenizer)}
-    if ignore_eos:
-        # An id that no token has: nothing is suppressed, so tokens are those of a usual run as far as it goes.
-        options["eos_token_id"] = model.config.get_text_config().vocab_size
-    return options
-
-
-def run(
-    variant: Variant,
-    model: Any,
-    tokenizer: Any,
-    batch: Batch,
-    options: dict[str, Any],
-    *,
-    seed: int,
-    resources: dict[str, Any] | None = None,
-) -> Outcome:
-    """Generate once with `variant` and return tokens and counts; the seconds span the whole call."""
-    options = {**options, **variant.setting.options}
-    method = variant.method
-    devices = [model.device] if model.device.type == "cuda" else []
-    # Peers draw from torch's global generator; the caller's must not move.
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        _wait(model)
-        start = time.perf_counter()
-        result: Any
-        if isinstance(method, Peer):
-            result = method.run(model, batch.input_ids, batch.attention_mask, resources=resources, **options)
-        else:
-            result = _generate(variant, model, tokenizer, batch, options, seed, resources)
-        _wait(model)
-        seconds = time.perf_counter() - start
-    if not isinstance(method, Peer):
-        stats = result.stats
-        return Outcome(
-            tokens=result.new_tokens,
-            seconds=seconds,
-            forwards=stats.forwards,
-            passes=stats.passes,
-            kv_bytes=stats.kv_bytes,
-            kv_peak_bytes=stats.kv_peak_bytes,
-            steps=stats.steps,
-            verified=stats.verified,
-            drafted=stats.drafted,
-            accepted=stats.accepted,
-            sources=[[source.name.lower() for source in row] for row in result.new_sources],
-        )
-    ends = frozenset() if "eos_token_id" in options else end_tokens(model)
-    tokens = [_cut(row, ends) for row in result.sequences[:, batch.input_ids.shape[1] :].tolist()]
-    return Outcome(
-        tokens=tokens,
-        seconds=seconds,
-        forwards=result.forwards,
-        # A peer that takes several rows is plain, and a row is in as many passes as it has tokens.
-        passes=result.forwards if len(tokens) == 1 else sum(map(len, tokens)),
-        kv_bytes=result.kv_bytes,
-        kv_peak_bytes=result.kv_peak_bytes,
-        draft_forwards=result.draft_forwards,
-    )
-
-
-def _generate(
-    variant: Variant,
-    model: Any,
-    tokenizer: Any,
-    batch: Batch,
-    options: dict[str, Any],
-    seed: int,
-    resources: dict[str, Any] | None,
-) -> Any:
-    masks = batch.attention_mask.bool()
-    rows = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, masks, strict=True)]
-    return generate(
-        model,
-        tokenizer,
-        rows,
-        method=variant.method,
-        seed=seed if variant.setting.do_sample else None,
-        resources=resources,
-        **options,
-    )
-
-
-def kept_tokens(
-    variant: Variant,
-    model: Any,
-    tokenizer: Any,
-    input_ids: torch.Tensor,
-    options: dict[str, Any],
-    resources: dict[str, Any] | None,
-) -> dict[str, list[float]]:
-    """Return, after prefill and at the end, the share of layers and heads that hold each position, by position.
+@dataclass(frozen=True)
+class Runner:
+    """A model and what all runs on it share.
 
     Args:
-        variant: A variant with a cache policy.
-        model: The model.
+        model: A causal model.
         tokenizer: Its tokenizer.
-        input_ids: One prompt `[1, length]`.
-        options: Options of `generate`, `max_new_tokens` among them.
-        resources: Second models, by name.
+        ignore_eos: Go on after an end of text.
+        resources: Second models that are loaded already, by name.
     """
-    batch = Batch(input_ids, torch.ones_like(input_ids), ())
-    options = {**options, **variant.setting.options}
-    found = {}
-    for moment, limit in (("prefill", 1), ("end", options["max_new_tokens"])):
-        result = _generate(variant, model, tokenizer, batch, {**options, "max_new_tokens": limit}, 0, resources)
-        held = torch.zeros(result.sequences.shape[1], dtype=torch.float64)
-        layers = result.past_key_values.kept_positions()
-        for positions in layers:  # [1, heads, slots]
-            heads = positions[0].cpu()
-            for head in heads:
-                held[head[head >= 0]] += 1 / (len(layers) * len(heads))
-        found[moment] = [round(share, 4) for share in held.tolist()]
-    return found
+
+    model: Any
+    tokenizer: Any
+    ignore_eos: bool = False
+    resources: dict[str, Any] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `generate` that all methods share."""
+        options: dict[str, Any] = {"pad_token_id": pad_token(self.model, self.tokenizer)}
+        if self.ignore_eos:
+            # An id that no token has: nothing is suppressed, so tokens are those of a usual run as far as it goes.
+            options["eos_token_id"] = self.model.config.get_text_config().vocab_size
+        return options
+
+    def prepare(
+        self,
+        name: str,
+        group: Sequence[Example],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 1,
+        tail: int | None = None,
+    ) -> Task:
+        """Turn examples into batches of ids on the model's device.
+
+        Without `max_new_tokens` a prompt may get what the longest answer takes, from 64 to 256 tokens. `tail`
+        keeps only the last so many tokens of each prompt.
+
+        Raises:
+            PromptTooLong: A prompt and its new tokens exceed the model's context.
+            BadParameter: The batch size, the tail or the number of new tokens is below 1.
+        """
+        for option, value in (("batch_size", batch_size), ("tail", tail), ("max_new_tokens", max_new_tokens)):
+            if value is not None and value < 1:
+                raise BadParameter(f"{option}={value} is not allowed; it must be at least 1")
+        rows = [self.tokenizer(example.prompt)["input_ids"] for example in group]
+        if tail:
+            rows = [row[-tail:] for row in rows]
+        longest, limit = max(map(len, rows)), context_length(self.model)
+        if max_new_tokens is None:
+            wanted = max(len(self.tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in group) + 4
+            max_new_tokens = min(max(64, wanted), 256, max(1, (limit or longest + 256) - longest))
+        for number, row in enumerate(rows, 1):
+            if limit and len(row) + max_new_tokens > limit:
+                raise PromptTooLong(
+                    f"{name}: prompt {number} has {len(row)} tokens, and with {max_new_tokens} new ones it exceeds the "
+                    f"model's context of {limit}; shorten it, keep its end (tail) or ask for fewer new tokens"
+                )
+        pad = pad_token(self.model, self.tokenizer)
+        batches = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            width = max(map(len, part))
+            ids = [[pad] * (width - len(row)) + row for row in part]
+            mask = [[0] * (width - len(row)) + [1] * len(row) for row in part]
+            batches.append(
+                Batch(
+                    torch.tensor(ids, device=self.model.device),
+                    torch.tensor(mask, device=self.model.device),
+                    tuple(group[start : start + batch_size]),
+                )
+            )
+        return Task(name, tuple(batches), max_new_tokens, any(example.answer for example in group))
+
+    def run(self, variant: Variant, batch: Batch, max_new_tokens: int, seed: int = 0) -> Outcome:
+        """Generate once and return tokens and counts; the seconds span the whole call."""
+        model, method = self.model, variant.method
+        devices = [model.device] if model.device.type == "cuda" else []
+        # Peers draw from torch's global generator; the caller's must not move.
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            _wait(model)
+            start = time.perf_counter()
+            result: Any
+            if isinstance(method, Peer):
+                options = {**self.options, **variant.setting.options, "max_new_tokens": max_new_tokens}
+                result = method.run(model, batch.input_ids, batch.attention_mask, resources=self.resources, **options)
+            else:
+                result = self._generate(variant, batch, max_new_tokens, seed)
+            _wait(model)
+            seconds = time.perf_counter() - start
+        if not isinstance(method, Peer):
+            sources = [[source.name.lower() for source in row] for row in result.new_sources]
+            return Outcome(result.new_tokens, seconds, result.stats, result.stats.drafter_seconds, sources=sources)
+        ends = frozenset() if self.ignore_eos else end_tokens(model)
+        tokens = [_cut(row, ends) for row in result.sequences[:, batch.input_ids.shape[1] :].tolist()]
+        stats = result.stats
+        stats.committed = sum(map(len, tokens))
+        # A peer that takes several rows is plain, and a row is in as many passes as it has tokens.
+        stats.passes = stats.forwards if len(tokens) == 1 else stats.committed
+        return Outcome(tokens, seconds, stats, result.drafter_seconds, result.draft_forwards)
+
+    def _generate(self, variant: Variant, batch: Batch, max_new_tokens: int, seed: int) -> Any:
+        masks = batch.attention_mask.bool()
+        return generate(
+            self.model,
+            self.tokenizer,
+            [ids[mask].tolist() for ids, mask in zip(batch.input_ids, masks, strict=True)],
+            method=variant.method,
+            seed=seed if variant.setting.do_sample else None,
+            resources=self.resources,
+            **{**self.options, **variant.setting.options, "max_new_tokens": max_new_tokens},
+        )
+
+    def kept_tokens(self, variant: Variant, input_ids: torch.Tensor, max_new_tokens: int) -> dict[str, list[float]]:
+        """Return, after prefill and at the end, the share of layers and heads that hold each position, by position.
+
+        Args:
+            variant: A variant with a cache policy.
+            input_ids: One prompt `[1, length]`.
+            max_new_tokens: Tokens that are generated before the end.
+        """
+        batch = Batch(input_ids, torch.ones_like(input_ids), ())
+        found = {}
+        for moment, limit in (("prefill", 1), ("end", max_new_tokens)):
+            result = self._generate(variant, batch, limit, 0)
+            held = torch.zeros(result.sequences.shape[1], dtype=torch.float64)
+            layers = result.past_key_values.kept_positions()
+            for positions in layers:  # [1, heads, slots]
+                heads = positions[0].cpu()
+                for head in heads:
+                    held[head[head >= 0]] += 1 / (len(layers) * len(heads))
+            found[moment] = [round(share, 4) for share in held.tolist()]
+        return found
 
 
 def _wait(model: Any) -> None:

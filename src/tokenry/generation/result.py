@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ class Stats:
         steps: Verify steps, counted once for each unfinished row.
         drafted: Draft tokens that were verified, all rows.
         accepted: Draft tokens that were committed.
+        drafted_to: At `d - 1` the verify steps whose drafts reached depth `d`, counted once for each row.
+        accepted_to: Those of them whose walk reached it too, before an end token or a limit cut it.
         verified: Tokens that verify steps committed, the target's own token of each step included.
         committed: Tokens committed, all rows.
         seconds: Wall time of the whole call after transformers' preparation, in seconds.
@@ -65,6 +69,43 @@ class Stats:
     kv_bytes: int = 0
     kv_peak_bytes: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    drafted_to: list[int] = field(default_factory=list)
+    accepted_to: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._walks: list[Tensor] = []
+
+    def note_walk(self, deepest: Tensor, accepted: Tensor) -> None:
+        """Note for each row how deep a verify step's drafts and its walk reached, both `[batch]`, without waiting for
+        the device; `settle` counts them."""
+        self._walks.append(torch.stack([deepest, accepted]))
+
+    def settle(self) -> None:
+        """Count the walks noted so far into `drafted_to` and `accepted_to`."""
+        if self._walks:
+            deepest, accepted = torch.cat(self._walks, 1).cpu()
+            self.drafted_to = _added(self.drafted_to, _reaching(deepest))
+            self.accepted_to = _added(self.accepted_to, _reaching(accepted))
+            self.accepted_to += [0] * (len(self.drafted_to) - len(self.accepted_to))
+            self._walks = []
+
+    @classmethod
+    def total(cls, parts: Iterable[Stats]) -> Stats:
+        """The stats of several calls as one: counts and times summed, bytes the largest, `extra` left out."""
+        whole = cls()
+        for part in parts:
+            for name in _SUMMED:
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+            whole.drafted_to = _added(whole.drafted_to, part.drafted_to)
+            whole.accepted_to = _added(whole.accepted_to, part.accepted_to)
+            whole.kv_bytes = max(whole.kv_bytes, part.kv_bytes)
+            whole.kv_peak_bytes = max(whole.kv_peak_bytes, part.kv_peak_bytes)
+        return whole
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of the verify steps that drafted to depth 1, 2, ... whose walk reached it."""
+        return [accepted / drafted for drafted, accepted in zip(self.drafted_to, self.accepted_to, strict=True)]
 
     @property
     def tokens_per_pass(self) -> float:
@@ -87,6 +128,21 @@ class Stats:
         if self.drafted:
             text += f", {self.accepted} of {self.drafted} drafted tokens accepted"
         return text
+
+
+_SUMMED = (
+    "forwards", "passes", "steps", "drafted", "accepted", "verified", "committed", "seconds", "prefill_seconds",
+    "drafter_seconds",
+)  # fmt: skip
+
+
+def _reaching(depths: Tensor) -> list[int]:
+    """How many depths are at least 1, 2, ..."""
+    return torch.bincount(depths).flip(0).cumsum(0).flip(0)[1:].tolist()
+
+
+def _added(one: list[int], other: list[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(one, other, fillvalue=0)]
 
 
 @dataclass

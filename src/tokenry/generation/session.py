@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from tokenry.errors import BadParameter, CacheMisuse
+from tokenry.generation.auxiliary import Auxiliary, listening
 from tokenry.generation.result import NO_SOURCE, GenerationResult, Source, Stats, stacked
 from tokenry.models import TokenCache
 from tokenry.sampling import Noise, is_context_free, is_row_free, probabilities, substream
@@ -26,6 +27,8 @@ from tokenry.sampling import Noise, is_context_free, is_row_free, probabilities,
 _GAP_SHARE, _GAP_SLOTS = 0.25, 32
 # Raw prompt logits are computed for so many elements at a time (256 MB in float16).
 _PROMPT_LOGITS = 2**27
+# Auxiliary rows behind a prompt need a mask that says who sees whom: it spans so many tokens of the prompt at most.
+_PROMPT_BESIDE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +88,16 @@ class Session:
         active: Rows that are not finished, bool `[batch]`; `alive` is the same on the host.
         anchor: Each row's last committed token, `[batch]`; not in the cache, except right after the prefill.
         stats: Counts and times so far.
+        noise: Randomness by row, position and trial where the call has a seed; None: torch's global generator.
         resources: What the caller handed over, by name.
         want_logits: Whether commits must carry raw logits; `want_scores` likewise for scores.
         on_prompt: Set by a decoder's `start`: called in the prefill with ids `[batch, n]`, validity `[batch, n]` or
             None, and raw logits `[batch, n, vocab]` of consecutive pieces of the prompt.
+        beside_prompt: Set by a decoder's `start`: auxiliary rows for the prefill, whose tree is the prompt's last token
+            alone. They are left out inside a cache policy, which would take them for tokens.
+        want_hidden: Set by a decoder's `start`: whether every forward is to leave its `hidden`.
+        hidden: What the head read, or would have read, in the last forward that had auxiliary rows or was to leave
+            it: `[batch, n + m, hidden]`, auxiliary rows last; after the prefill n is 1. None before.
     """
 
     def __init__(
@@ -118,6 +127,9 @@ class Session:
         self.want_logits = keep and bool(config.output_logits)
         self.want_scores = keep and bool(config.output_scores)
         self.on_prompt: Callable[[Tensor, Tensor | None, Tensor], None] | None = None
+        self.beside_prompt: Auxiliary | None = None
+        self.want_hidden = False
+        self.hidden: Tensor | None = None
 
         lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
         self.max_length = min([*lengths, config.max_length] if config.max_length else lengths)
@@ -151,7 +163,7 @@ class Session:
         self._branch = False
         self._aligned = 0
 
-        self._noise = None if options.seed is None else Noise(options.seed, self.device)
+        self.noise = None if options.seed is None else Noise(options.seed, self.device)
         self._rows = list(range(self.batch))
         self._streams = [0] * self.batch
         self._processor_batch = self.batch
@@ -201,7 +213,14 @@ class Session:
         self._count_forward()
         return self._forward_anchor().to(torch.float32, copy=True)
 
-    def verify(self, tokens: Tensor, relation: Tensor | None, depth: Tensor, valid: Tensor | None = None) -> Tensor:
+    def verify(
+        self,
+        tokens: Tensor,
+        relation: Tensor | None,
+        depth: Tensor,
+        valid: Tensor | None = None,
+        auxiliary: Auxiliary | None = None,
+    ) -> Tensor:
         """Forward a tree whose node 0 is the anchor, and leave its slots open for the next `accept`.
 
         Args:
@@ -209,6 +228,7 @@ class Session:
             relation: Which node sees which, bool `[1 or batch, n, n]`; None: causal, a chain.
             depth: Depth of each node, `[1 or batch, n]`.
             valid: Which nodes are real, bool `[batch, n]`; None: all.
+            auxiliary: Rows beside the tree, whose hidden states come into `hidden`.
 
         Returns:
             Float32 logits `[batch, n, vocab]`.
@@ -218,11 +238,16 @@ class Session:
             valid = real & self.active[:, None]
             valid[:, 0] = self._carry
         self._count_forward()
+        if auxiliary is not None:
+            relation = auxiliary.relation(_causal(tokens) if relation is None else relation)
+            depth = torch.cat(_alike(depth, auxiliary.depth), 1)
+            valid = None if valid is None else torch.nn.functional.pad(valid, (0, auxiliary.count), value=True)
         self.cache.stage(valid, relation, deferred=True)
-        if self.batch > 1:
-            # Nodes that a row has no length left for are not accepted; their positions must be ones the model has.
+        if self.batch > 1 or auxiliary is not None:
+            # Nodes that a row has no length left for are not accepted; their positions must be ones the model has. So
+            # must those of auxiliary rows, of which nothing will come.
             depth = torch.minimum(depth, (self.remaining[:, None] - 1).clamp(min=0))
-        logits = self._forward(tokens, self._anchor_positions() + depth)
+        logits = self._forward(tokens, self._anchor_positions() + depth, auxiliary)
         return logits.to(torch.float32)
 
     def process(self, logits: Tensor, ahead: int = 0) -> Tensor:
@@ -258,9 +283,9 @@ class Session:
         if not self.do_sample:
             return scores.argmax(-1)
         probs = probabilities(scores)
-        if self._noise is None:
+        if self.noise is None:
             return torch.multinomial(probs, num_samples=1).squeeze(1)
-        return self._noise.sample(probs, self._rows, self._positions(ahead), self._streams)
+        return self.noise.sample(probs, self._rows, self._positions(ahead), self._streams)
 
     def choose_nodes(self, scores: Tensor, depth: Tensor) -> Tensor:
         """A token for each node of a tree, `[batch, n]`, from scores `[batch, n, vocab]`; depth `[1 or batch, n]`."""
@@ -268,13 +293,13 @@ class Session:
             return scores.argmax(-1)
         probs = probabilities(scores)
         batch, n = scores.shape[:2]
-        if self._noise is None:
+        if self.noise is None:
             return torch.multinomial(probs.flatten(0, 1), num_samples=1).view(batch, n)
         # Nodes of one depth stand for one position, so they share its noise.
         depths = depth.expand(batch, n).flatten().tolist()
         rows = [row for row in range(batch) for _ in range(n)]
         base, row_keys, streams = self._positions(0), self._rows, self._streams
-        chosen = self._noise.sample(
+        chosen = self.noise.sample(
             probs.flatten(0, 1),
             [row_keys[row] for row in rows],
             [base[row] + d for row, d in zip(rows, depths, strict=True)],
@@ -284,10 +309,10 @@ class Session:
 
     def uniform(self, row: int, ahead: int, count: int) -> list[float]:
         """`count` random numbers in [0, 1) for the decisions at one row's position."""
-        if self._noise is None:
+        if self.noise is None:
             return torch.rand(count, dtype=torch.float64).tolist()
         position = self._positions(ahead)[row]
-        return self._noise.uniform(self._rows[row], position, count, self._streams[row])
+        return self.noise.uniform(self._rows[row], position, count, self._streams[row])
 
     # Loop ------------------------------------------------------------------------------------------
     def prefill(self) -> None:
@@ -306,13 +331,20 @@ class Session:
         chunk = self.config.prefill_chunk_size or width
         if self.on_prompt is not None and self.policy is None and self._vocab_hint():
             chunk = min(chunk, max(64, _PROMPT_LOGITS // (self.batch * self._vocab_hint())))
-        for begin in range(0, width, chunk):
-            piece = ids[:, begin : begin + chunk]
-            real = None if valid is None else valid[:, begin : begin + chunk]
+        starts = list(range(0, width, chunk))
+        beside = self.beside_prompt if self.policy is None else None
+        if beside is not None and width - starts[-1] > _PROMPT_BESIDE:
+            starts.append(width - _PROMPT_BESIDE)
+        for begin, end in zip(starts, [*starts[1:], width], strict=True):
+            piece = ids[:, begin:end]
+            real = None if valid is None else valid[:, begin:end]
             if real is not None and bool(real.all()):
                 real = None
             self._count_forward()
-            logits = self._forward_prompt(piece, real, whole=self.on_prompt is not None)
+            if beside is not None and end == width:
+                logits = self._forward_prompt_beside(piece, real, beside, whole=self.on_prompt is not None)
+            else:
+                logits = self._forward_prompt(piece, real, whole=self.on_prompt is not None)
             if self.on_prompt is not None:
                 self.on_prompt(piece, real, logits)
         self.vocab = logits.shape[-1]
@@ -360,9 +392,10 @@ class Session:
                 self._stream(host[0][: counts[0]])
 
     def finish(self) -> None:
-        """Close the stream and count the cache."""
+        """Close the stream and count the cache and the walks."""
         if self._stream is not None:
             self._stream(None)
+        self.stats.settle()
         self.stats.kv_bytes = self._kv_bytes()
         self.stats.kv_peak_bytes = max(self.stats.kv_bytes, getattr(self.cache, "peak_nbytes", 0))
 
@@ -510,16 +543,30 @@ class Session:
     def _kv_bytes(self) -> int:
         return self.cache.nbytes()
 
-    def _forward(self, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
-        output = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
-        return output.logits
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, auxiliary: Auxiliary | None = None, last: bool = False, **options: Any
+    ) -> Tensor:
+        """Logits of tokens, of the last of them alone if `last`."""
+        inputs: dict[str, Any] = {
+            "position_ids": positions, "past_key_values": self.cache, "use_cache": True, "return_dict": True, **options
+        }  # fmt: skip
+        if auxiliary is None and not self.want_hidden:
+            return self.model(input_ids=tokens, **inputs).logits
+        n = tokens.shape[1]
+        kept = slice(n - 1, n) if last else slice(0, n)
+        if auxiliary is None:
+            with listening(self.model, kept) as heard:
+                logits = self.model(input_ids=tokens, **inputs).logits
+        else:
+            model: Any = self.model
+            embedded = model.get_input_embeddings()(tokens)
+            rows = auxiliary.embeddings.to(embedded.dtype).expand(self.batch, -1, -1)
+            inputs["inputs_embeds"] = torch.cat([embedded, rows], 1)
+            with listening(self.model, kept) as heard, auxiliary.around(n, n + auxiliary.count):
+                logits = self.model(**inputs).logits
+        assert heard.hidden is not None
+        self.hidden = heard.hidden[:, n - 1 :] if last else heard.hidden
+        return logits
 
     def _forward_anchor(self) -> Tensor:
         self.cache.stage(None if self._carry_all else self._carry[:, None])
@@ -531,19 +578,52 @@ class Session:
         return seen if self._carry_all else seen - (~self._carry[:, None]).long()
 
     def _forward_prompt(self, ids: Tensor, valid: Tensor | None, whole: bool) -> Tensor:
+        positions = self._prompt_positions(ids, valid)
+        self.cache.stage(valid)
+        short = not whole and not self.want_hidden and keeps_logits(self.model)
+        options: dict[str, Any] = {"logits_to_keep": 1} if short else {}
+        return self._forward(ids, positions, last=self.want_hidden and not whole, **options)
+
+    def _forward_prompt_beside(self, ids: Tensor, valid: Tensor | None, beside: Auxiliary, whole: bool) -> Tensor:
+        """The end of a prompt with auxiliary rows behind its last token, which the cache gives up again."""
+        real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        among = _causal(ids) & real[:, None, :]
+        rows = replace(beside, nodes=beside.nodes & real[:, None, :])
+        positions = self._prompt_positions(ids, valid)
+        after = (positions[:, -1:] + beside.depth).clamp(max=self.max_length - 1)
+        # Validity is spelled out so that the cache keeps account of it when the rows go.
+        self.cache.stage(torch.nn.functional.pad(real, (0, beside.count), value=True), rows.relation(among))
+        logits = self._forward(ids, torch.cat([positions, after], 1), rows, last=not whole)
+        if whole:
+            assert self.hidden is not None
+            self.hidden = self.hidden[:, ids.shape[1] - 1 :]
+        self.cache.crop(-beside.count)
+        self.cache.compact()
+        return logits
+
+    def _prompt_positions(self, ids: Tensor, valid: Tensor | None) -> Tensor:
         start = self.cache.seen[:, None] if self.cache.batch else 0
         if valid is None:
             positions = torch.arange(ids.shape[1], device=self.device)[None] + start
         else:
             positions = (valid.long().cumsum(-1) - 1).clamp(min=0) + start
-        self.cache.stage(valid)
-        options = {} if whole or not keeps_logits(self.model) else {"logits_to_keep": 1}
-        return self._forward(ids, positions.expand(self.batch, -1), **options)
+        return positions.expand(self.batch, -1)
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:
     """Whether the model's forward can leave out logits that are not needed."""
     return "logits_to_keep" in _forward_parameters(type(model))
+
+
+def _causal(tokens: Tensor) -> Tensor:
+    n = tokens.shape[1]
+    return torch.ones(1, n, n, dtype=torch.bool, device=tokens.device).tril()
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both `[batch, ...]`, where each is `[1 or batch, ...]`."""
+    batch = max(one.shape[0], other.shape[0])
+    return one.expand(batch, -1), other.expand(batch, -1)
 
 
 def _forward_parameters(cls: type[PreTrainedModel]) -> frozenset[str]:

@@ -9,12 +9,12 @@ attention   the function every layer calls inside a block, and the block
 from tokenry.models.anatomy import Anatomy, anatomy, context_length
 from tokenry.models.attention import active_policy, attach, attached, detach, policy_block
 from tokenry.models.cache import Policy, TokenCache, TokenLayer
-from tokenry.models.load import bundled, load, path, resource, weights_hash
+from tokenry.models.load import bundled, load, loaded_name, path, resource, trained_folder, weights_hash
 from tokenry.models.slots import Block, Slots
 from tokenry.models.statistics import AttentionRows
 
 __all__ = [
     "Anatomy", "AttentionRows", "Block", "Policy", "Slots", "TokenCache", "TokenLayer", "active_policy", "anatomy",
-    "attach", "attached", "bundled", "context_length", "detach", "load", "path", "policy_block", "resource",
-    "weights_hash",
+    "attach", "attached", "bundled", "context_length", "detach", "load", "loaded_name", "path", "policy_block",
+    "resource", "trained_folder", "weights_hash",
 ]  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,24 @@ def resource(name: str | Path | PreTrainedModel, beside: PreTrainedModel) -> Pre
     if isinstance(name, PreTrainedModel):
         return name
     return _shared(_locate(name), beside.dtype, beside.device)
+
+
+def loaded_name(model: PreTrainedModel) -> str:
+    """The name a model was loaded by: its bundled name, path or id; empty if it has none."""
+    place = str(getattr(model, "name_or_path", "") or "")
+    return next((name for name in bundled() if str(path(name)) == place), place)
+
+
+def trained_folder(name: str, model: str) -> Path:
+    """Where `tokenry train NAME` writes for a model unless it is told: in the user's cache folder."""
+    if sys.platform == "win32":
+        home = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        home = Path.home() / "Library" / "Caches"
+    else:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    readable = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.strip("./~")).strip("-") or "model"
+    return home / "tokenry" / name / readable
 
 
 def weights_hash(model: PreTrainedModel) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 
 from tokenry.generation.engine import Session
@@ -119,9 +122,132 @@ def best_nodes(
         chance = chances[depths[node] - 1][ranks[node]]
         reach.append(reach[parents[node]] * min(chance, 0.99))
     order = sorted(range(len(parents)), key=lambda node: (-reach[node], node))
+    return sorted(order[: best_size([[reach[node] for node in order]], costs)])
+
+
+def best_size(reaches: Sequence[Sequence[float]], costs: Sequence[float]) -> int:
+    """How many nodes each row's tree should have for most tokens a second; 1 is no drafts.
+
+    Args:
+        reaches: For each row the chance that each node is reached, in the order the nodes would be taken, the root's 1
+            first. A row of fewer nodes than others waits for them.
+        costs: Seconds of a forward by nodes; sizes beyond the measured ones are not taken.
+    """
     best, rate, expected = 1, 0.0, 0.0
-    for size, node in enumerate(order, 1):
-        expected += reach[node]
-        if size < len(costs) and expected / costs[size] > rate:
+    for size in range(1, min(len(costs), max(map(len, reaches)) + 1)):
+        expected += sum(row[size - 1] for row in reaches if size <= len(row))
+        if expected / costs[size] > rate:
             best, rate = size, expected / costs[size]
-    return sorted(order[:best])
+    return best
+
+
+class Counts:
+    """How often what was foreseen came true, by kind of foresight.
+
+    Attributes:
+        chances: Chance of each kind. The prior ones that it starts with weigh `weight` trials.
+    """
+
+    def __init__(self, prior: Sequence[float], weight: float = 8.0) -> None:
+        self.chances = list(prior)
+        self._hits = [chance * weight for chance in prior]
+        self._trials = [weight] * len(prior)
+
+    def add(self, kind: int, hit: bool) -> None:
+        """Count a trial."""
+        self._hits[kind] += hit
+        self._trials[kind] += 1
+        # Nothing is certain: a chance of 1 would draft without end.
+        self.chances[kind] = min(self._hits[kind] / self._trials[kind], 0.99)
+
+
+class RunCounts(Counts):
+    """How often a copied token was right, by how many tokens agreed before it, those copied themselves included."""
+
+    LONGEST = 24
+    # Lengths from 1 to 4, 5 and 6, 7 to 9, 10 to 15, 16 to 23, and more.
+    KINDS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * 8, 8)
+    PRIOR = (0.35, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+
+    def __init__(self) -> None:
+        super().__init__(self.PRIOR)
+
+    def kind(self, run: int) -> int:
+        """The kind of a copied token behind so many tokens that agree."""
+        return self.KINDS[min(run, self.LONGEST)]
+
+    def reach(self, run: int, count: int) -> list[float]:
+        """Chance that each of the anchor and up to `count` tokens copied after a match of `run` tokens is reached, as
+        long as there is a fair one."""
+        reach = [1.0]
+        for place in range(count):
+            if reach[-1] < 0.01:
+                break
+            reach.append(reach[-1] * self.chances[self.kind(run + place)])
+        return reach
+
+    def learn(self, run: int, copied: Sequence[int], chosen: Sequence[int]) -> None:
+        """Count what was copied after a match of `run` tokens against what was chosen, as far as both agree and once
+        more; copied tokens tell as much where they were not drafted."""
+        for place, (copy, token) in enumerate(zip(copied, chosen, strict=False)):
+            self.add(self.kind(run + place), copy == token)
+            if copy != token:
+                break
+
+
+N = TypeVar("N")
+
+
+class Growth(Generic[N]):
+    """A tree that grows where the next token is likeliest, as long as another node can pay.
+
+    Attributes:
+        nodes: In the order they were taken, the root first; parents stand before children.
+        parents: Index of each node's parent, -1 for the root.
+        reach: Chance that each node is reached, descending.
+    """
+
+    def __init__(
+        self,
+        root: N,
+        children: Callable[[N, float], Iterable[tuple[float, N]]],
+        costs: Sequence[float],
+        floors: Sequence[float],
+        deepest: int,
+    ) -> None:
+        """`children(node, least)` gives a node's children with the chance of each once the node is reached; those of a
+        chance below `least` are not looked at. `floors` are `least_slopes(costs)`."""
+        self.nodes: list[N] = []
+        self.parents: list[int] = []
+        self.reach: list[float] = []
+        expected = rate = 0.0
+        # The counter keeps the order of equals, and nodes from being compared.
+        entries = 0
+        heap: list[tuple[float, int, int, int, N]] = [(-1.0, 0, -1, 0, root)]
+        while heap and len(self.nodes) + 1 < len(costs):
+            negative, _, parent, depth, node = heapq.heappop(heap)
+            reach = -negative
+            # What is left in the heap is no likelier, so nothing after it pays either.
+            if reach <= rate * floors[len(self.nodes)]:
+                break
+            place = len(self.nodes)
+            self.nodes.append(node)
+            self.parents.append(parent)
+            self.reach.append(reach)
+            expected += reach
+            rate = max(rate, expected / costs[place + 1])
+            if depth == deepest:
+                continue
+            least = rate * floors[place + 1] / reach
+            for chance, child in children(node, least):
+                if chance > least:
+                    entries += 1
+                    heapq.heappush(heap, (-reach * chance, entries, place, depth + 1, child))
+
+
+def least_slopes(costs: Sequence[float]) -> list[float]:
+    """For every number of nodes, the least that another node costs on average, at that size or any larger one."""
+    cost = np.asarray(costs)
+    size = np.arange(len(cost))
+    slopes = [float(((cost[n + 1 :] - cost[n]) / (size[n + 1 :] - n)).min()) for n in range(len(cost) - 1)]
+    return [*np.minimum.accumulate(slopes[::-1])[::-1].tolist(), float("inf")]

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenry.generation.auxiliary import Auxiliary
 from tokenry.generation.engine import Commit, Decoder, Session
 from tokenry.generation.plain import plain_step
 from tokenry.generation.result import Source
 from tokenry.sampling import probabilities
 
-__all__ = ["DraftTree", "Drafter", "TreeShape", "Walk", "rejection"]
+__all__ = ["Auxiliary", "DraftTree", "Drafter", "TreeShape", "Walk", "rejection"]
 
 
 class TreeShape:
@@ -167,7 +168,8 @@ class Drafter(Decoder):
     """Base of every method that drafts several tokens for the target model to verify in one pass.
 
     Output is that of plain decoding, token for token (greedy) or in distribution (sampling), whatever is proposed.
-    A method gives `propose`, and `observe` if it learns; `start` and `Session.on_prompt` are for what it keeps.
+    A method gives `propose`, and `observe` if it learns; `start` and `Session.on_prompt` are for what it keeps, and
+    `beside` for rows of its own in the verify pass.
     """
 
     drafts: ClassVar[bool] = True
@@ -175,6 +177,10 @@ class Drafter(Decoder):
     @abstractmethod
     def propose(self, session: Session, state: Any, room: int) -> DraftTree:
         """Return drafts behind `session.anchor`; nodes deeper than `room` (at least 1) will be cut off."""
+
+    def beside(self, session: Session, state: Any, tree: DraftTree) -> Auxiliary | None:
+        """Return rows to forward beside a tree, as it was cut; `observe` finds their states in `session.hidden`."""
+        return None
 
     def observe(self, session: Session, state: Any, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
         """Learn from a verified tree, rejected nodes included; `logits` are raw, float32 `[batch, n, vocab]`."""
@@ -186,11 +192,14 @@ class Drafter(Decoder):
         room = max(limits) - 1
         started = time.perf_counter()
         tree = self.propose(session, state, room).shallow(room) if room > 0 else DraftTree.root(session.anchor)
+        auxiliary = self.beside(session, state, tree)
         session.stats.drafter_seconds += time.perf_counter() - started
         session.stats.drafted += _drafted(session, tree)
         shape = tree.shape
-        logits = session.verify(tree.tokens, None if shape.is_chain else shape.ancestors, shape.depth, tree.valid)
+        relation = None if shape.is_chain else shape.ancestors
+        logits = session.verify(tree.tokens, relation, shape.depth, tree.valid, auxiliary)
         walked = walk(session, tree, logits, limits)
+        session.stats.note_walk(_deepest(tree, limits), walked.counts - 1)
         started = time.perf_counter()
         self.observe(session, state, tree, logits, walked)
         session.stats.drafter_seconds += time.perf_counter() - started
@@ -360,6 +369,15 @@ def rejection(
 
 def _gathered(values: Tensor, path: Tensor) -> Tensor:
     return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _deepest(tree: DraftTree, limits: Sequence[int]) -> Tensor:
+    """Depth that each row's real drafts reach, as far as the row may commit them, `[batch]`."""
+    depth = tree.shape.depth.expand_as(tree.tokens)
+    if tree.valid is not None:
+        depth = depth.masked_fill(~tree.valid, 0)
+    room = torch.tensor(limits, device=depth.device) - 1
+    return torch.minimum(depth.amax(1), room).clamp(min=0)
 
 
 def _drafted(session: Session, tree: DraftTree) -> int:

@@ -169,20 +169,22 @@ class Documents:
         """
         code = self.code()
         carry: list[int] = []
-        recall = [self.recall[600], self.recall[1100]] if length < 1024 else [self.recall[3000], self.recall[5400]]
+        # Only long rows can teach what lies far back.
+        long = length > 1024
+        recall = [self.recall[3000], self.recall[5400]] if long else [self.recall[600], self.recall[1100]]
         while True:
-            if self.rng.random() < (0.5 if copying() else 0.02):
+            if self.rng.random() < (0.5 if copying() else 0.05 if long else 0.02):
                 yield self.repeat(length)
                 continue
             row: list[int] = []
             draw = self.rng.random()
-            if draw < 0.15:
+            if draw < (0.45 if long else 0.12):
                 row += self.example(self.rng.choice(recall))
-            elif draw < 0.31:
+            elif draw < (0.65 if long else 0.32):
                 row += self.example(self.examples["edit"])
-                while length > 1024 and len(row) < 600:
+                while long and len(row) < 600:
                     row += self.example(self.examples["edit"])
-            elif draw < 0.50:
+            elif draw < (0.70 if long else 0.57):
                 while len(row) < 300:
                     row += self.example(self.examples["arithmetic"])
             while len(row) + len(carry) < length:

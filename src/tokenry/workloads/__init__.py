@@ -4,6 +4,7 @@ code        complete a function of a held-out package
 recall      the value of a key from a long context
 arithmetic  worked steps with a checkable answer
 edit        repeat a function with one name changed
+infill      fill lines back into a function (for infillers: the prompt has a hole, `<mask>`)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenry.errors import BadParameter
-from tokenry.workloads import arithmetic, code, edit, jsonl, recall
+from tokenry.workloads import arithmetic, code, edit, infill, jsonl, recall
 from tokenry.workloads.engine import END, HELD_OUT, Example, functions, held_out_files, is_held_out, library_files
 
 WORKLOADS: dict[str, Callable[..., Iterator[Example]]] = {
@@ -21,6 +22,7 @@ WORKLOADS: dict[str, Callable[..., Iterator[Example]]] = {
     "recall": recall.generate,
     "arithmetic": arithmetic.generate,
     "edit": edit.generate,
+    "infill": infill.generate,
 }
 
 __all__ = [

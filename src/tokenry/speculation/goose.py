@@ -1,0 +1,515 @@
+"""Goose: a deep spine of copied text, with branches of what the model wanted before where the copy may break."""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenry.generation.engine import Session
+from tokenry.speculation.budget import Counts, Growth, RunCounts, best_size, forward_costs, least_slopes
+from tokenry.speculation.engine import Drafter, DraftTree, TreeShape, Walk
+from tokenry.speculation.sources import Candidates, RecyclingTable, Text, Texts, table_of
+
+Successors = Callable[[int, int], Candidates]
+"""Candidates after a token, given the one before it (-1: none), best first."""
+
+_CPU = torch.device("cpu")
+_SPAN = 2048
+
+
+class Tree:
+    """Nodes as they are added: the anchor, then children of nodes that are there already.
+
+    Attributes:
+        tokens, parents, depths: Of each node.
+        before: The token before the anchor, if the table is to learn the pair; -1 otherwise.
+    """
+
+    def __init__(self, anchor: int, before: int = -1) -> None:
+        self.tokens, self.parents, self.depths = [anchor], [-1], [0]
+        self.before = before
+
+    def add(self, token: int, parent: int) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        return len(self.tokens) - 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def prefix(self, size: int) -> Tree:
+        """The first `size` nodes."""
+        tree = Tree(self.tokens[0])
+        tree.tokens, tree.parents, tree.depths = self.tokens[:size], self.parents[:size], self.depths[:size]
+        return tree
+
+
+def harmonic_split(share: int, count: int) -> list[int]:
+    """Deal out `share` nodes to `count` places with weights 1, 1/2, 1/3, ...: each at least 1, until none is left."""
+    whole = sum(1 / place for place in range(1, count + 1))
+    given: list[int] = []
+    for place in range(1, count + 1):
+        given.append(min(max(1, _floor(share / (place * whole))), share - sum(given)))
+    return given
+
+
+def _floor(value: float) -> int:
+    # 0.7 + 0.2 is a little less than 0.9.
+    return math.floor(value + 1e-9)
+
+
+# What `size="auto"` tells apart: candidates by score, those of a token's row and of a pair's; copied tokens by the
+# length of the match before them and by what the table's first candidate says of them.
+_SCORES = (0.03, 0.06, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97)
+_MIDDLES = (0.02, 0.045, 0.09, 0.16, 0.25, 0.37, 0.52, 0.67, 0.82, 0.93, 0.98)
+_TRUST = (0.6, 0.8)
+_UNKNOWN, _AGREES, _DIFFERS = range(3)
+
+
+@dataclass
+class _Row:
+    """One row's state, and what it drafts in the step that is under way."""
+
+    rate: float = 0.5
+    chain: list[int] = field(default_factory=list)
+    run: int = 0
+    spine: int = 0
+
+
+@dataclass
+class _Auto:
+    """What `size="auto"` keeps for a call."""
+
+    costs: list[float]
+    floors: list[float]
+    branches: Counts
+    spine: Counts
+
+    @classmethod
+    def measured(cls, session: Session) -> _Auto:
+        costs = forward_costs(session)
+        branches = [trust * middle for trust in _TRUST for middle in _MIDDLES]
+        spine = [chance for p in RunCounts.PRIOR for chance in (p, 1 - 0.4 * (1 - p), 0.4 * p)]
+        return cls(costs, least_slopes(costs), Counts(branches, 4.0), Counts(spine, 4.0))
+
+
+@dataclass
+class _State:
+    table: RecyclingTable
+    texts: Texts
+    rows: list[_Row]
+    auto: _Auto | None
+    previous: Tensor | None = None
+    """The token before each node of the step that is under way, `[batch, n]`; None: nothing was proposed."""
+    before: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goose(Drafter):
+    """Draft a tree whose deep spine is copied text and whose wide branches are candidates of the model's own past.
+
+    Copied tokens are accepted far more often than recycled ones, so they lie as one chain under the last token, while
+    recycled ones hang on the root and along the spine, most of them near the root: where the copy breaks, the walk goes
+    on in a branch. A confidence in the copy, from its length and from whether all earlier occurrences go on alike, and
+    a running rate of accepted spine nodes move the budget between the two. Source: Goose, arXiv 2604.02047, section 4
+    and algorithms 1 and 2; the defaults are the paper's. It needs no training.
+
+    Spine: of the longest n-gram that stood in the text before, what followed its first occurrence; a confident copy is
+    extended by looking up its own end. Branches: the best ids after each token, or after a pair of tokens where that is
+    known, from the logits of every position that was forwarded, rejected nodes and the prompt included. As in the
+    authors' code, a tree does not teach the pair that its root makes with the token before it; a chain and a step
+    without drafts do.
+
+    Where `size="auto"`, copies and candidates fill a tree for speed. Once per process and model it measures what a
+    forward over n tokens costs. Of every committed token it counts whether the copy was right, by how many tokens
+    agreed before it and by what the table says, and whether each candidate was, by its score. A tree then grows node by
+    node where the next token is likeliest, to the number of nodes with the most expected tokens per measured second.
+    As counts tell what a match is worth, the newest of the longest matches is copied however short it is, and these
+    take the place of `extra`, `confidence`, `ngrams`, `copied`, `extended`, `long_match`, `spine_share`, `decay` and
+    `depth`.
+
+    A batch has a text and a rate for each row, and one table, as rows only add knowledge. The table is on the host. It
+    starts empty unless `resources={"table": RecyclingTable(10, bigrams=65537, scored=True)}` or `table` gives one, as
+    for Token Recycling.
+
+    Attributes:
+        size: Nodes of a tree, the root included, before confidence adds up to `extra`; or `"auto"`.
+        extra: Nodes that full confidence adds.
+        sources: Which of the two sources drafts.
+        tree: `"isotropic"` is the paper's control: `children` candidates under every node, breadth first, no spine.
+        children: Children of a node in the isotropic tree.
+        confidence: Whether the copy's confidence is used; otherwise it counts as 0.
+        ngrams: Lengths of the n-grams that are looked up, descending.
+        copied: Most tokens copied from one occurrence.
+        extended: Most tokens of a chain that is extended, at full confidence.
+        long_match: Length from which a copied chain is trusted.
+        spine_share: Share of the branches that hang on the spine rather than on the root.
+        decay: Weight of a step in the running rate of accepted spine nodes.
+        k: Candidates kept in a row of the table.
+        bigrams: Rows of the table for pairs of tokens; 0: pairs are not told apart.
+        least_score: Least score of a candidate that is drafted.
+        depth: Deepest branch.
+        harvest_prompt: Whether the prompt's logits go into the table.
+        table: File of a saved table.
+    """
+
+    resources: ClassVar[tuple[str, ...]] = ("table",)
+    size: int | Literal["auto"] = 60
+    extra: int = 40
+    sources: Literal["both", "spine", "branches"] = "both"
+    tree: Literal["spine", "isotropic"] = "spine"
+    children: int = 3
+    confidence: bool = True
+    ngrams: tuple[int, ...] = (5, 4, 3)
+    copied: int = 20
+    extended: int = 100
+    long_match: int = 8
+    spine_share: float = 0.5
+    decay: float = 0.3
+    k: int = 10
+    bigrams: int = 65_537
+    least_score: float = 0.01
+    depth: int = 6
+    harvest_prompt: bool = True
+    table: str | None = None
+
+    def validate(self) -> None:
+        self.check("size", "auto or at least 1", self.size == "auto" or self.size >= 1)
+        for name in ("children", "copied", "extended", "long_match", "k", "depth"):
+            self.check(name, "at least 1", getattr(self, name) >= 1)
+        for name in ("extra", "bigrams"):
+            self.check(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("spine_share", "decay", "least_score"):
+            self.check(name, "from 0 to 1", 0 <= getattr(self, name) <= 1)
+        falling = bool(self.ngrams) and sorted(set(self.ngrams), reverse=True) == list(self.ngrams)
+        self.check("ngrams", "lengths of at least 1, descending", falling and min(self.ngrams) >= 1)
+        self.check(
+            "tree", "spine", self.tree == "spine" or (self.size != "auto" and self.sources != "spine"),
+            why="the isotropic tree has a given size and is made of branches",
+        )  # fmt: skip
+
+    # The copied chain -----------------------------------------------------------------------------
+    def copy(self, text: Text, drafted: Sequence[int] = ()) -> tuple[list[int], int, bool]:
+        """What followed the first occurrence of the longest n-gram at the end of a text and of drafts behind it, over
+        how many tokens the occurrence agrees, and whether there are several which all go on alike."""
+        ends, runs = text.matches(drafted)
+        longest = int(runs.max()) if len(runs) else 0
+        n = next((n for n in self.ngrams if n <= longest), None)
+        if n is None:
+            return [], 0, False
+        agree = runs >= n
+        ends = ends[agree]
+        nexts = text.ids[ends + 1]
+        consensus = len(ends) > 1 and bool((nexts == nexts[0]).all())
+        chain = text.ids[ends[0] + 1 : ends[0] + 1 + self.copied].tolist()
+        return chain, int(runs[agree][0]), consensus
+
+    def trust(self, length: int, consensus: bool) -> float:
+        """Confidence in a chain of a length: 1 where all earlier occurrences agree, else by its length."""
+        if length and consensus:
+            return 1.0
+        if length >= self.long_match:
+            return min(0.9, 0.7 + 0.2 * (length - self.long_match) / 12)
+        return 0.6 * length / self.long_match
+
+    def extend(self, text: Text, chain: list[int], confidence: float) -> list[int]:
+        """Go on copying behind a confident chain; a chain of full confidence ends with the first piece of less."""
+        most = _floor(self.extended * confidence)
+        while len(chain) < most:
+            piece, _, consensus = self.copy(text, chain)
+            if not piece:
+                break
+            chain = chain + piece
+            if confidence == 1 and self.trust(len(piece), consensus) < 1:
+                break
+        return chain[:most]
+
+    # The tree -------------------------------------------------------------------------------------
+    def build(
+        self,
+        anchor: int,
+        previous: int,
+        chain: Sequence[int],
+        confidence: float,
+        rate: float,
+        successors: Successors,
+    ) -> tuple[Tree, int]:
+        """The paper's tree (algorithm 1), and the length of its spine, whose nodes are 1 to that.
+
+        Args:
+            anchor: The last committed token.
+            previous: The token before it, -1 if there is none.
+            chain: Copied tokens.
+            confidence: In the chain, 0 to 1.
+            rate: Running rate of accepted spine nodes.
+            successors: The table.
+        """
+        assert self.size != "auto"
+        tree = Tree(anchor)
+        budget = self.size + _floor(self.extra * confidence)
+        base = 0.15 if rate < 0.2 else 0.3 if rate < 0.4 else 0.5
+        spine = min(len(chain), _floor(budget * (base + confidence * (1 - base))))
+        for place in range(spine):
+            tree.add(chain[place], place)
+        share = max(0, budget - 1 - spine)
+        along = min(share, max(1, _floor(self.spine_share * share))) if spine else 0
+        queue: deque[tuple[int, float]] = deque()
+        shares = [share - along, *harmonic_split(along, spine)]
+        for node, most in enumerate(shares):
+            # The next spine token is drafted already.
+            taken = chain[node] if node < len(chain) and node <= spine else None
+            parent = tree.tokens[tree.parents[node]] if node else previous
+            others = ((token, score) for token, score in successors(tree.tokens[node], parent) if token != taken)
+            for token, score in _first(others, most):
+                child = tree.add(token, node)
+                if tree.depths[child] < self.depth:
+                    queue.append((child, score))
+        while queue and len(tree) < budget:
+            node, score = queue.popleft()
+            depth, left = tree.depths[node], budget - len(tree)
+            width = min(max(1, math.ceil(left * score)), max(1, self.k // depth), left)
+            for token, own in successors(tree.tokens[node], tree.tokens[tree.parents[node]])[:width]:
+                child = tree.add(token, node)
+                if depth + 1 < self.depth:
+                    queue.append((child, own))
+        return tree, spine
+
+    def build_isotropic(self, anchor: int, previous: int, confidence: float, successors: Successors) -> Tree:
+        """The control: the same candidates and number of nodes, as many under every node."""
+        assert self.size != "auto"
+        tree = Tree(anchor)
+        budget = self.size + _floor(self.extra * confidence)
+        queue = deque([0])
+        while queue and len(tree) < budget:
+            node = queue.popleft()
+            parent = tree.tokens[tree.parents[node]] if node else previous
+            for token, _ in successors(tree.tokens[node], parent)[: min(self.children, budget - len(tree))]:
+                child = tree.add(token, node)
+                if tree.depths[child] < self.depth:
+                    queue.append(child)
+        return tree
+
+    def grow(
+        self, auto: _Auto, table: RecyclingTable, anchor: int, previous: int, chain: Sequence[int], run: int, room: int
+    ) -> tuple[Tree, list[float]]:
+        """The tree of likeliest nodes in the order they were taken, and the chance that each is reached.
+
+        A node is its token, the token before it, and how much of the chain it ends: -1 off the spine.
+        """
+
+        def children(node: tuple[int, int, int], least: float) -> Iterator[tuple[float, tuple[int, int, int]]]:
+            token, before, place = node
+            paired, found = self._candidates(table, token, before)
+            copied, rest = None, 1.0
+            if 0 <= place < len(chain):
+                copied = chain[place]
+                chance = auto.spine.chances[_spine_kind(run + place, copied, found)]
+                yield chance, (copied, token, place + 1)
+                own = next((score for other, score in found if other == copied), 0.0)
+                # Where the copy is wrong, what the table gives to its token falls to the others.
+                rest = (1 - chance) / max(1 - own, 1 - chance, 0.05)
+            for other, score in found:
+                chance = rest * auto.branches.chances[_branch_kind(paired, score)]
+                if other != copied and chance > least:
+                    yield chance, (other, token, -1)
+
+        grown = Growth((anchor, previous, 0), children, auto.costs, auto.floors, room)
+        tree = Tree(anchor)
+        for (token, _, _), parent in zip(grown.nodes[1:], grown.parents[1:], strict=True):
+            tree.add(token, parent)
+        return tree, grown.reach
+
+    # The drafter ----------------------------------------------------------------------------------
+    def start(self, session: Session) -> _State:
+        table = table_of(session, self.slug, self.table, self.k, bigrams=self.bigrams, scored=True)
+        auto = _Auto.measured(session) if self.size == "auto" else None
+        reach = max(self.ngrams) if auto is None else RunCounts.LONGEST
+        state = _State(table, Texts(session, reach), [_Row() for _ in range(session.batch)], auto)
+        if self.harvest_prompt and self.sources != "spine":
+            session.on_prompt = functools.partial(self._harvest, state)
+            state.before = [-1] * session.batch
+        return state
+
+    def _harvest(self, state: _State, ids: Tensor, valid: Tensor | None, logits: Tensor) -> None:
+        before = torch.tensor(state.before)[:, None]
+        tokens = ids.cpu()
+        real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.cpu()
+        previous = torch.cat([before, tokens[:, :-1].masked_fill(~real[:, :-1], -1)], 1)
+        state.before = tokens[:, -1].masked_fill(~real[:, -1], -1).tolist()
+        with state.table.lock:
+            state.table.open(logits.shape[-1], _CPU)
+            for begin in range(0, tokens.shape[1], _SPAN):
+                span = slice(begin, begin + _SPAN)
+                own = real[:, span]
+                scores = logits[:, span][own.to(logits.device)]
+                state.table.learn(tokens[:, span][own], scores.float(), previous[:, span][own])
+
+    def propose(self, session: Session, state: _State, room: int) -> DraftTree:
+        state.texts.update(session)
+        trees: list[Tree] = []
+        reaches: list[list[float]] = []
+        with state.table.lock:
+            state.table.open(session.vocab, _CPU)
+            for row, text, alive in zip(state.rows, state.texts.rows, session.alive, strict=True):
+                if not alive:
+                    # What a finished row drafts is not looked at.
+                    trees.append(Tree(0))
+                elif state.auto is None:
+                    trees.append(self._fixed(state.table, row, text))
+                else:
+                    tree, reach = self._auto(state.auto, state.table, row, text, room)
+                    trees.append(tree)
+                    reaches.append(reach)
+        if state.auto is not None:
+            size = best_size(reaches, state.auto.costs)
+            trees = [tree.prefix(size) for tree in trees]
+        for tree, text in zip(trees, state.texts.rows, strict=True):
+            if len(tree) == 1 and text.size > 1:
+                tree.before = int(text.ids[-2])
+        return self._laid_out(session, state, trees)
+
+    def _fixed(self, table: RecyclingTable, row: _Row, text: Text) -> Tree:
+        anchor, previous = int(text.ids[-1]), int(text.ids[-2]) if text.size > 1 else -1
+        chain, _, consensus = self.copy(text) if self.sources != "branches" else ([], 0, False)
+        row.chain, row.spine = chain, 0
+        if self.sources == "spine" or table.row(anchor, previous) < 0:
+            tree = Tree(anchor, previous)
+            for place, token in enumerate(chain):
+                tree.add(token, place)
+            row.spine = len(chain)
+            return tree
+        confidence = self.trust(len(chain), consensus) if self.confidence else 0.0
+        successors = functools.partial(table.successors, least=self.least_score)
+        if self.tree == "isotropic":
+            return self.build_isotropic(anchor, previous, confidence, successors)
+        if confidence > 0.6:
+            row.chain = self.extend(text, chain, confidence)
+        tree, row.spine = self.build(anchor, previous, row.chain, confidence, row.rate, successors)
+        return tree
+
+    def _auto(
+        self, auto: _Auto, table: RecyclingTable, row: _Row, text: Text, room: int
+    ) -> tuple[Tree, list[float]]:
+        anchor, previous = int(text.ids[-1]), int(text.ids[-2]) if text.size > 1 else -1
+        match = text.longest() if self.sources != "branches" else None
+        row.chain, row.run = [], 0
+        if match is not None:
+            # One more than can be drafted: it is judged by the target's own token.
+            row.chain, row.run = text.copy(match[0], min(room, len(auto.costs) - 2) + 1), match[1]
+        return self.grow(auto, table, anchor, previous, row.chain, row.run, room)
+
+    def _candidates(self, table: RecyclingTable, token: int, previous: int) -> tuple[bool, Candidates]:
+        if self.sources == "spine":
+            return False, []
+        row = table.row(token, previous)
+        return row >= table.vocab, table.candidates(row, self.least_score)
+
+    def _laid_out(self, session: Session, state: _State, trees: list[Tree]) -> DraftTree:
+        """The trees of all rows, breadth first, smaller ones filled up with nodes that are not real."""
+        size = max(map(len, trees))
+        if size == 1:
+            state.previous = torch.tensor([[tree.before] for tree in trees])
+            return DraftTree.root(session.anchor)
+        tokens = np.zeros((session.batch, size), dtype=np.int64)
+        parents, depths, previous = tokens.copy(), tokens.copy(), np.full_like(tokens, -1)
+        sees = np.zeros((session.batch, size, size), dtype=bool)
+        for row, tree in enumerate(trees):
+            order = sorted(range(len(tree)), key=tree.depths.__getitem__)
+            place = [0] * len(tree)
+            for new, old in enumerate(order):
+                place[old] = new
+            parents[row, 0], previous[row, 0] = -1, tree.before
+            for new, old in enumerate(order):
+                tokens[row, new], depths[row, new] = tree.tokens[old], tree.depths[old]
+                if new:
+                    above = place[tree.parents[old]]
+                    parents[row, new], previous[row, new] = above, tree.tokens[tree.parents[old]]
+                    sees[row, new] = sees[row, above]
+                sees[row, new, new] = True
+            # Nodes that are not real stand beside the last one, so that depths ascend.
+            last = len(tree) - 1
+            for new in range(last + 1, size):
+                parents[row, new], depths[row, new] = max(parents[row, last], 0), max(depths[row, last], 1)
+                sees[row, new] = sees[row, parents[row, new]]
+                sees[row, new, new] = True
+        state.previous = torch.from_numpy(previous)
+        valid: Tensor | None = None
+        if any(len(tree) < size for tree in trees):
+            real = np.arange(size) < np.array([[len(tree)] for tree in trees])
+            valid = torch.from_numpy(real).to(session.device)
+        on_device = [torch.from_numpy(array).to(session.device) for array in (tokens, parents, depths, sees)]
+        on_device[0][:, 0] = session.anchor
+        return DraftTree(on_device[0], TreeShape(*on_device[1:]), valid)
+
+    def observe(self, session: Session, state: _State, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
+        chosen, counts = walk.tokens.tolist(), walk.counts.tolist()
+        with state.table.lock:
+            state.table.open(session.vocab, _CPU)
+            for number, row in enumerate(state.rows):
+                # Without room for drafts nothing was looked up.
+                if not session.alive[number] or state.previous is None:
+                    continue
+                tokens = chosen[number][: counts[number]]
+                # The tree may have been cut to the room that was left.
+                spine = min(row.spine, tree.shape.deepest)
+                if state.auto is not None:
+                    self._count(state.auto, state.table, row, state.texts.rows[number], tokens)
+                elif spine:
+                    copied = _agreeing(row.chain[:spine], tokens[:-1])
+                    row.rate = self.decay * copied / spine + (1 - self.decay) * row.rate
+            if self.sources != "spine":
+                self._learn(session, state, tree, logits)
+            state.previous = None
+
+    def _count(self, auto: _Auto, table: RecyclingTable, row: _Row, text: Text, tokens: Sequence[int]) -> None:
+        before, token = int(text.ids[-2]) if text.size > 1 else -1, int(text.ids[-1])
+        copying = True
+        for place, chosen in enumerate(tokens):
+            paired, found = self._candidates(table, token, before)
+            for other, score in found:
+                auto.branches.add(_branch_kind(paired, score), other == chosen)
+            if copying and place < len(row.chain):
+                copying = row.chain[place] == chosen
+                auto.spine.add(_spine_kind(row.run + place, row.chain[place], found), copying)
+            before, token = token, chosen
+
+    def _learn(self, session: Session, state: _State, tree: DraftTree, logits: Tensor) -> None:
+        tokens = tree.tokens.cpu()
+        previous = torch.full_like(tokens, -1)
+        if state.previous is not None:
+            previous = state.previous[:, : tokens.shape[1]]
+        if tree.valid is None and all(session.alive):
+            state.table.learn(tokens.flatten(), logits.flatten(0, 1), previous.flatten())
+            return
+        real = torch.tensor(session.alive)[:, None].expand_as(tokens)
+        real = real if tree.valid is None else real & tree.valid.cpu()
+        state.table.learn(tokens[real], logits[real.to(logits.device)], previous[real])
+
+
+def _first(candidates: Iterator[tuple[int, float]], most: int) -> Candidates:
+    return [candidate for candidate, _ in zip(candidates, range(most), strict=False)]
+
+
+def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two runs share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _branch_kind(paired: bool, score: float) -> int:
+    return paired * len(_MIDDLES) + bisect_right(_SCORES, score)
+
+
+def _spine_kind(run: int, copied: int, found: Candidates) -> int:
+    says = _UNKNOWN if not found else _AGREES if found[0][0] == copied else _DIFFERS
+    return 3 * RunCounts.KINDS[min(run, RunCounts.LONGEST)] + says

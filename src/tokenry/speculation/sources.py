@@ -1,0 +1,380 @@
+"""Where drafts come from when nothing is trained: the text itself, and what the model wanted after each token.
+
+Text              a row's ids on the host, and where its last tokens stood before
+RecyclingTable    the best next ids after each token, and after each pair of tokens
+Template          a fixed tree of candidate ranks, laid out for retrieval from a table
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokenry.errors import BadParameter, ResourceError
+from tokenry.generation.engine import Session
+from tokenry.speculation.engine import TreeShape
+
+Path_ = tuple[int, ...]
+Candidates = list[tuple[int, float]]
+
+
+# --- what stood in the text before ----------------------------------------------------------------
+
+
+class Text:
+    """A row's committed ids on the host; drafting from them needs many small look-ups, which a device is slow at.
+
+    Attributes:
+        reach: Most tokens that an occurrence is compared over.
+        size: Ids held.
+    """
+
+    def __init__(self, capacity: int, reach: int) -> None:
+        self.reach = reach
+        self.size = 0
+        # What stands before the first id agrees with no token.
+        self._padded = np.full(reach + capacity, -1, dtype=np.int64)
+        self._back = np.arange(reach)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids, `[size]`."""
+        return self._padded[self.reach : self.reach + self.size]
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Take in committed ids."""
+        end = self.reach + self.size
+        self._padded[end : end + len(ids)] = ids
+        self.size += len(ids)
+
+    def matches(self, drafted: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Where the last tokens of the text, and of drafts behind it, stood before with a token after them.
+
+        Returns:
+            The index of each occurrence's last token, ascending, and over how many tokens it agrees, at most `reach`,
+            both `[matches]`. Occurrences of the last token alone are left out where longer ones exist.
+        """
+        held, reach = self._padded, self.reach
+        tail = held[self.size : self.size + reach]
+        if drafted:
+            tail = np.concatenate([tail, np.asarray(drafted[-reach:])])[-reach:]
+        # The last id of the text has no token after it, so the text's end does not match itself.
+        ends = np.flatnonzero(held[reach : reach + max(self.size - 1, 0)] == tail[-1])
+        if reach > 1 and len(ends) > 1:
+            longer = ends[held[ends + (reach - 1)] == tail[-2]]
+            ends = longer if len(longer) else ends
+        same = held[ends[:, None] + (reach - self._back)] == tail[::-1]
+        runs = same.argmin(1)
+        runs[same.all(1)] = reach
+        return ends, runs
+
+    def longest(self) -> tuple[int, int] | None:
+        """The index of the last token of the longest occurrence, and over how many tokens it agrees; of several that
+        are as long the newest, among those that go on as most of them do."""
+        ends, runs = self.matches()
+        if not len(ends):
+            return None
+        run = int(runs.max())
+        ends = ends[runs == run]
+        ways = self.ids[ends + 1].tolist()
+        votes = Counter(ways)
+        # Where all occurrences go one way, or each its own, the newest is the answer.
+        most = max(votes.values())
+        newest = next(place for place in reversed(range(len(ways))) if votes[ways[place]] == most)
+        return int(ends[newest]), run
+
+    def copy(self, end: int, count: int) -> list[int]:
+        """The `count` ids that followed index `end`; a copy that reaches the end of the text goes on with what it has
+        copied itself, so that short repetitions are drafted in full."""
+        period = self.size - 1 - end
+        if count <= period:
+            return self.ids[end + 1 : end + 1 + count].tolist()
+        return self.ids[end + 1 + np.arange(count) % period].tolist()
+
+
+class Texts:
+    """The `Text` of every row of a session, without its padding; `rows[b]` is row `b`'s."""
+
+    def __init__(self, session: Session, reach: int) -> None:
+        self.rows = [Text(session.max_length + 1, reach) for _ in range(session.batch)]
+        self._read = session.first.tolist()
+
+    def update(self, session: Session) -> None:
+        """Take in what the unfinished rows have committed since."""
+        alive = [row for row in range(session.batch) if session.alive[row]]
+        start = min(self._read[row] for row in alive)
+        host = session.ids[:, start : max(session.lengths)].tolist()
+        for row in alive:
+            self.rows[row].append(host[row][self._read[row] - start : session.lengths[row] - start])
+            self._read[row] = session.lengths[row]
+
+
+# --- what the model wanted before -----------------------------------------------------------------
+
+
+class Template:
+    """A tree of candidate ranks, laid out for retrieval: one gather per level.
+
+    Attributes:
+        parents, ranks, depths: Of each node, the root first.
+        shape: The tree on a device.
+        levels: For each level below the root its nodes' parents, numbered within the level above, and ranks.
+    """
+
+    def __init__(self, paths: Sequence[Path_], device: torch.device) -> None:
+        nodes: list[Path_] = [(), *sorted(paths, key=lambda path: (len(path), path))]
+        place = {path: i for i, path in enumerate(nodes)}
+        self.parents = [-1] + [place[path[:-1]] for path in nodes[1:]]
+        self.ranks = [0] + [path[-1] for path in nodes[1:]]
+        self.depths = [len(path) for path in nodes]
+        self.shape = TreeShape.of(self.parents, device)
+        self.levels: list[tuple[Tensor, Tensor]] = []
+        above = 0
+        for depth in range(1, max(self.depths) + 1):
+            level = [i for i, d in enumerate(self.depths) if d == depth]
+            parents = torch.tensor([self.parents[i] - above for i in level], device=device)
+            self.levels.append((parents, torch.tensor([self.ranks[i] for i in level], device=device)))
+            above = level[0]
+
+
+class RecyclingTable:
+    """What the model last wanted after each token, best first, and after each pair of tokens if asked for.
+
+    It outlives calls when the caller keeps it (`resources={"table": table}`), and is then shared by threads under its
+    lock; `save` and `load` carry it from one process to the next. It takes the width of the logits at first use.
+
+    Pairs of tokens share a fixed number of rows behind those of single tokens: a pair's row follows from its two ids,
+    and the newest of the pairs that fall on one row holds it. So the table does not grow, however long it is used.
+
+    Attributes:
+        k: Candidates of each row.
+        bigrams: Rows for pairs; a prime number spreads them best. 0: none.
+        scored: Whether the softmax over the `k` best logits is kept beside the ids.
+        tokenizer: Name of the tokenizer it was learned with, if the caller gave one.
+        ids: `[vocab + bigrams, k]` int32, None before the first use.
+        scores: `[vocab + bigrams, k]` float16, None if not `scored`.
+        seen: Which rows hold anything, bool `[vocab + bigrams]`.
+        pairs: Which pair a pair's row holds, `previous * vocab + token`, int64 `[bigrams]`; -1: none.
+        vocab: Width of the logits; 0 before the first use.
+        lock: Held while a call reads or writes.
+    """
+
+    def __init__(self, k: int = 8, tokenizer: str = "", *, bigrams: int = 0, scored: bool = False) -> None:
+        if k < 1 or bigrams < 0:
+            raise BadParameter(f"a recycling table of k={k}, bigrams={bigrams} is not allowed; at least 1 and 0")
+        self.k, self.tokenizer, self.bigrams, self.scored = k, tokenizer, bigrams, scored
+        self.vocab = 0
+        self.ids: Tensor | None = None
+        self.seen: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.pairs: Tensor | None = None
+        self.lock = threading.RLock()
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether nothing was learned yet."""
+        return self.seen is None or not bool(self.seen.any())
+
+    def open(self, vocab: int, device: torch.device) -> None:
+        """Make the table fit logits of a width, on a device.
+
+        Raises:
+            ResourceError: It was learned with another vocabulary.
+            BadParameter: It keeps more candidates than there are ids.
+        """
+        if self.ids is None:
+            if self.k > vocab:
+                raise BadParameter(f"k={self.k} is not allowed; k must be at most the model's {vocab} ids")
+            rows = vocab + self.bigrams
+            self.vocab = vocab
+            self.ids = torch.zeros(rows, self.k, dtype=torch.int32, device=device)
+            self.seen = torch.zeros(rows, dtype=torch.bool, device=device)
+            if self.scored:
+                self.scores = torch.zeros(rows, self.k, dtype=torch.float16, device=device)
+            if self.bigrams:
+                self.pairs = torch.full((self.bigrams,), -1, dtype=torch.int64, device=device)
+        elif self.vocab != vocab:
+            raise ResourceError(
+                f"the recycling table was learned with {self.vocab} ids and the model has {vocab}; "
+                "use a table of the same model and tokenizer"
+            )
+        elif self.ids.device != device:
+            self._set({name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def draft(self, anchor: Tensor, template: Template) -> tuple[Tensor, Tensor]:
+        """Tokens of a tree behind anchors `[batch]`, and which were ever learned, both `[batch, n]`."""
+        assert self.ids is not None and self.seen is not None
+        flat = self.ids.view(-1)
+        tokens = [anchor[:, None]]
+        known = [torch.ones_like(tokens[0], dtype=torch.bool)]
+        for parents, ranks in template.levels:
+            above = tokens[-1].index_select(1, parents)
+            known.append(known[-1].index_select(1, parents) & self.seen[above])
+            tokens.append(flat[above * self.k + ranks].long())
+        return torch.cat(tokens, 1), torch.cat(known, 1)
+
+    def row(self, token: int, previous: int = -1) -> int:
+        """The row of a pair if it is known, else of the token, or -1; the table must be on the CPU."""
+        assert self.seen is not None
+        if self.pairs is not None and previous >= 0:
+            pair = previous * self.vocab + token
+            row = pair % self.bigrams
+            if self.pairs.numpy()[row] == pair:
+                return self.vocab + row
+        return token if self.seen.numpy()[token] else -1
+
+    def candidates(self, row: int, least: float = 0.0) -> Candidates:
+        """Candidates of a row, best first, with scores of at least `least`; none of row -1.
+
+        The table must be scored and on the CPU.
+        """
+        assert self.ids is not None and self.scores is not None
+        if row < 0:
+            return []
+        scored = zip(self.ids.numpy()[row].tolist(), self.scores.numpy()[row].tolist(), strict=True)
+        return [(token, score) for token, score in scored if score >= least]
+
+    def successors(self, token: int, previous: int = -1, least: float = 0.0) -> Candidates:
+        """Candidates after a token: those of its pair with the token before it, if that is known."""
+        return self.candidates(self.row(token, previous), least)
+
+    def learn(self, tokens: Tensor, logits: Tensor, previous: Tensor | None = None) -> None:
+        """Write the k best ids of raw logits `[n, vocab]` into the rows of tokens `[n]`, and of the pairs with the
+        tokens before them `[n]`, -1 where there is none; the last occurrence wins."""
+        assert self.ids is not None and self.seen is not None
+        rows, source = tokens, None
+        if self.pairs is not None and previous is not None:
+            paired = (previous >= 0).nonzero()[:, 0]
+            pair = previous[paired] * self.vocab + tokens[paired]
+            rows = torch.cat([tokens, self.vocab + pair % self.bigrams])
+            source = torch.cat([torch.arange(len(tokens), device=tokens.device), paired])
+        # A stable sort puts a row's occurrences together in order; a scatter would leave the winner to the device.
+        ordered, order = rows.sort(stable=True)
+        last = torch.ones_like(ordered, dtype=torch.bool)
+        torch.ne(ordered[1:], ordered[:-1], out=last[:-1])
+        rows, pick = ordered[last], order[last]
+        if source is None:
+            best = logits[pick.to(logits.device)].topk(self.k, dim=-1)
+            ids, scores = best.indices, best.values
+        else:
+            # Most tokens go into two rows, so the candidates are looked for once, before they are dealt out.
+            best = logits.topk(self.k, dim=-1)
+            spread = source[pick].to(logits.device)
+            ids, scores = best.indices[spread], best.values[spread]
+        self.ids[rows] = ids.to(self.ids)
+        if self.scores is not None:
+            self.scores[rows] = scores.float().softmax(-1).to(self.scores)
+        self.seen[rows] = True
+        if source is not None and self.pairs is not None:
+            of_pairs = rows >= self.vocab
+            self.pairs[rows[of_pairs] - self.vocab] = pair[pick[of_pairs] - len(tokens)]
+
+    def copy(self) -> RecyclingTable:
+        """A table of its own that starts with what this one holds."""
+        other = RecyclingTable(self.k, self.tokenizer, bigrams=self.bigrams, scored=self.scored)
+        with self.lock:
+            other.vocab = self.vocab
+            other._set({name: tensor.clone() for name, tensor in self._tensors().items()})
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as safetensors, with the tokenizer's name and vocabulary size.
+
+        Raises:
+            ResourceError: There is nothing to save.
+        """
+        with self.lock:
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
+        if not tensors:
+            raise ResourceError("the recycling table is empty; generate with it before saving it")
+        about = {"k": self.k, "tokenizer": self.tokenizer, "vocab": self.vocab, "bigrams": self.bigrams}
+        # A reader, or another writer, never meets half a file.
+        part = Path(f"{path}.{os.getpid()}-{threading.get_ident()}.part")
+        save_file(tensors, str(part), metadata={"recycling": json.dumps(about)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, tokenizer: str | None = None) -> RecyclingTable:
+        """Read a table.
+
+        Args:
+            path: What `save` wrote.
+            tokenizer: Name that the table must have been learned with; None: any.
+
+        Raises:
+            ResourceError: The file is missing, is no recycling table, or is of another tokenizer.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = json.loads((file.metadata() or {}).get("recycling", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ResourceError(f"cannot read a recycling table from {path}: {error}") from error
+        if about is None:
+            raise ResourceError(f"{path} is not a recycling table; write one with RecyclingTable.save")
+        if tokenizer is not None and about["tokenizer"] != tokenizer:
+            raise ResourceError(f"{path} was learned with tokenizer {about['tokenizer']!r}, not {tokenizer!r}")
+        scored = "scores" in tensors
+        table = cls(about["k"], about["tokenizer"], bigrams=about.get("bigrams", 0), scored=scored)
+        table.vocab = about["vocab"]
+        table._set(tensors)
+        return table
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"ids": self.ids, "seen": self.seen, "scores": self.scores, "pairs": self.pairs}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+
+def table_of(
+    session: Session, slug: str, path: str | None, k: int, *, bigrams: int = 0, scored: bool = False
+) -> RecyclingTable:
+    """The table of a call: the resource `table`, else what a file holds, else an empty one.
+
+    A file is where each call starts from; what a call learns stays its own. To go on learning from call to call, hand
+    over one table as a resource.
+
+    Raises:
+        ResourceError: The table is not of the kind that the method uses.
+    """
+    table = session.resources.get("table")
+    if table is None and path is not None:
+        table = _loaded(os.path.abspath(Path(path).expanduser()), _stamp(path)).copy()
+    if table is None:
+        return RecyclingTable(k, bigrams=bigrams, scored=scored)
+    wanted = {"k": k, "bigrams": bigrams, "scored": scored}
+    if not isinstance(table, RecyclingTable):
+        raise ResourceError(f"{slug}: the resource 'table' must be a RecyclingTable, not {type(table).__name__}")
+    given = {name: getattr(table, name) for name in wanted}
+    if given != wanted:
+        say = [", ".join(f"{name}={value}" for name, value in each.items()) for each in (wanted, given)]
+        raise ResourceError(f"{slug}: the table must be a RecyclingTable with {say[0]}; this one has {say[1]}")
+    return table
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(path: str, stamp: tuple[int, int]) -> RecyclingTable:
+    return RecyclingTable.load(path)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """What changes when a file is written anew."""
+    try:
+        status = Path(path).expanduser().stat()
+    except OSError as error:
+        raise ResourceError(f"cannot read a recycling table from {path}: {error}") from error
+    return status.st_mtime_ns, status.st_size
