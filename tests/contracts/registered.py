@@ -75,4 +75,3 @@ _RESOURCES = {
     "gated-lora-mtp": _mask_adapters,
     "hamburger": _grafts,
 }
-

@@ -412,10 +412,7 @@ def test_without_a_table_it_is_prompt_lookup():
     for length, tokens, parents in result.stats.extra["trees"]:
         text = sequence[:length]
         found = [
-            text[at + n : at + n + 20]
-            for n in (5, 4, 3)
-            for at in range(length - n)
-            if text[at : at + n] == text[-n:]
+            text[at + n : at + n + 20] for n in (5, 4, 3) for at in range(length - n) if text[at : at + n] == text[-n:]
         ]
         assert tokens == [[text[-1], *(found[0] if found else [])]]
         assert parents == [list(range(-1, len(tokens[0]) - 1))]

@@ -397,9 +397,7 @@ class Goose(Drafter):
         tree, row.spine = self.build(anchor, previous, row.chain, confidence, row.rate, successors)
         return tree
 
-    def _auto(
-        self, auto: _Auto, table: RecyclingTable, row: _Row, text: Text, room: int
-    ) -> tuple[Tree, list[float]]:
+    def _auto(self, auto: _Auto, table: RecyclingTable, row: _Row, text: Text, room: int) -> tuple[Tree, list[float]]:
         anchor, previous = int(text.ids[-1]), int(text.ids[-2]) if text.size > 1 else -1
         match = text.longest() if self.sources != "branches" else None
         row.chain, row.run = [], 0

@@ -253,7 +253,6 @@ def _chain(anchor: Tensor, tokens: Tensor, sizes: Tensor) -> DraftTree:
     )
 
 
-
 def _on_own_cache(own: HamburgerModel, policy: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call with a macro cache in them: a fresh one, or the caller's with what it holds masked."""
     given: Cache | None = model_kwargs.get("past_key_values")
