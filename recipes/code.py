@@ -29,7 +29,7 @@ SHAPES = {
 }
 
 
-def corpus(work: Path, blocks: int, seed: int, copying: int) -> None:
+def corpus(work: Path, blocks: int, seed: int, copying: int, mixture: str) -> None:
     from tokenry.training.corpus import source_files, train_tokenizer, write_blocks
 
     packages = work / "packages"
@@ -51,7 +51,7 @@ def corpus(work: Path, blocks: int, seed: int, copying: int) -> None:
     else:
         tokenizer = train_tokenizer(texts[::4], folder, vocabulary=VOCABULARY, context=CONTEXT)
     plan = {"blocks": blocks, "size": BLOCK, "lengths": LENGTHS, "seed": seed, "copying": (copying, copying + 100)}
-    write_blocks(texts, tokenizer, work, **plan)
+    write_blocks(texts, tokenizer, work, **plan, mixture=mixture)
 
 
 def build(name: str):
@@ -177,12 +177,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4000, help="token blocks written by the corpus step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the documents")
     parser.add_argument("--copying", type=int, default=600, help="the block where a hundred blocks teach copying")
+    parser.add_argument("--mixture", choices=("source", "examples"), default="source", help="what the blocks hold")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--start", help="model to go on from (a folder, or tokenry/code) instead of random weights")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.step == "corpus":
-        corpus(options.work, options.blocks, options.seed, options.copying)
+        corpus(options.work, options.blocks, options.seed, options.copying, options.mixture)
     elif options.step == "train":
         train(options.work, options.name, options.steps, options.lr, options.start)
     elif options.step == "export":

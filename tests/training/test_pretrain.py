@@ -103,6 +103,18 @@ def test_a_stretch_of_blocks_teaches_copying(corpus, tmp_path):
     assert np.concatenate([share[:10], share[30:]]).mean() < 0.1
 
 
+def test_the_mixture_of_examples_fills_rows_with_answers(corpus, tmp_path):
+    _, texts, tokenizer = corpus
+    plan = {"blocks": 30, "size": 1024, "lengths": (1024,), "seed": 3, "copying": (0, 0)}
+    answers = {}
+    for mixture in ("source", "examples"):
+        (tmp_path / mixture).mkdir()
+        array = np.load(write_blocks(texts, tokenizer, tmp_path / mixture, **plan, mixture=mixture))
+        text = "".join(tokenizer.decode(block) for block in array)
+        answers[mixture] = text.count("# recall KEY_"), text.count("# renamed\n")
+    assert all(more > less > 0 for more, less in zip(answers["examples"], answers["source"], strict=True))
+
+
 def test_a_stopped_run_resumes_to_the_same_weights(corpus, tmp_path):
     from tokenry.training.pretrain import pretrain
 

@@ -43,6 +43,14 @@ def test_arithmetic_answers_are_right():
             assert eval(left) == int(right)
 
 
+def test_recall_may_ask_for_several_keys():
+    one, several = (examples("recall", 3, keys=4, questions=questions) for questions in (1, 3))
+    for alone, example in zip(one, several, strict=True):
+        assert example.prompt == alone.prompt and example.answer.startswith(alone.answer)
+        asked = re.findall(r'# recall (KEY_\w+)\n\1 = "(\d+)"\n', example.prompt + example.answer)
+        assert len(asked) == 3 and all(f'{key} = "{value}"\n' in example.prompt for key, value in asked[1:])
+
+
 def test_recall_plants_one_value_at_the_wanted_depth():
     for example in examples("recall", 10):
         key = re.search(r"# recall (KEY_\w+)\n", example.prompt)[1]

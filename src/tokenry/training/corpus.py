@@ -18,6 +18,12 @@ from tokenry.workloads import WORKLOADS, held_out_files, is_held_out
 SHARED_LINES = 13
 """A file that shares this many consecutive lines with a held-out file is dropped."""
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<mask>", "<fim-prefix>", "<fim-middle>", "<fim-suffix>")
+MIXTURES = {
+    "source": {"short": (0.12, 0.20, 0.25), "long": (0.45, 0.20, 0.05)},
+    "examples": {"short": (0.10, 0.40, 0.15), "long": (0.45, 0.30, 0.05)},
+}
+"""Shares of rows that hold examples of recall, edit and arithmetic, for rows up to 1,024 tokens and longer ones:
+``"source"`` teaches the language first, ``"examples"`` brings a model that knows it to exact answers."""
 UNUSED = tuple(f"<unused-{index}>" for index in range(32))
 # Letters with one leading mark or space, single digits, runs of symbols, and line ends with the indentation that
 # follows: in source code the indentation belongs to the line break.
@@ -114,17 +120,19 @@ def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context:
 class Documents:
     """Encoded documents: code (half of it in fill-in-the-middle form), the workloads' training examples, repeats."""
 
-    def __init__(self, texts: list[str], tokenizer: Any, seed: int) -> None:
+    def __init__(self, texts: list[str], tokenizer: Any, seed: int, mixture: str = "source") -> None:
+        self.mixture = mixture
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
         self.texts = list(texts)
         self.rng.shuffle(self.texts)
         self.id = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
         self.examples = {name: WORKLOADS[name](seed, "train") for name in ("arithmetic", "edit")}
-        self.recall = {
-            length: WORKLOADS["recall"](seed + length, "train", length=length, keys=keys)
-            for length, keys in ((600, 3), (1100, 6), (3000, 8), (5400, 12))
-        }
+        self.recall = {}
+        for length, keys in ((600, 3), (1100, 6), (3000, 8), (5400, 12)):
+            questions = keys if mixture == "examples" else 1
+            stream = WORKLOADS["recall"](seed + length, "train", length=length, keys=keys, questions=questions)
+            self.recall[length] = stream
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
@@ -172,19 +180,20 @@ class Documents:
         # Only long rows can teach what lies far back.
         long = length > 1024
         recall = [self.recall[3000], self.recall[5400]] if long else [self.recall[600], self.recall[1100]]
+        shares = MIXTURES[self.mixture]["long" if long else "short"]
+        edits = length if self.mixture == "examples" else 600 if long else 1
         while True:
             if self.rng.random() < (0.5 if copying() else 0.05 if long else 0.02):
                 yield self.repeat(length)
                 continue
             row: list[int] = []
             draw = self.rng.random()
-            if draw < (0.45 if long else 0.12):
+            if draw < shares[0]:
                 row += self.example(self.rng.choice(recall))
-            elif draw < (0.65 if long else 0.32):
-                row += self.example(self.examples["edit"])
-                while long and len(row) < 600:
+            elif draw < shares[0] + shares[1]:
+                while len(row) < edits:
                     row += self.example(self.examples["edit"])
-            elif draw < (0.70 if long else 0.57):
+            elif draw < sum(shares):
                 while len(row) < 300:
                     row += self.example(self.examples["arithmetic"])
             while len(row) + len(carry) < length:
@@ -205,6 +214,7 @@ def write_blocks(
     lengths: tuple[int, ...],
     seed: int,
     copying: tuple[int, int],
+    mixture: str = "source",
 ) -> Path:
     """Write ``blocks`` blocks of ``size`` tokens to ``folder/blocks.npy`` (uint16) unless they are there.
 
@@ -215,11 +225,11 @@ def write_blocks(
     """
     path = folder / "blocks.npy"
     plan: dict[str, Any] = {"blocks": blocks, "size": size, "lengths": list(lengths), "seed": seed, "texts": len(texts)}
-    plan["copying"] = list(copying)
+    plan |= {"copying": list(copying), "mixture": mixture}
     note = folder / "blocks.json"
     if note.is_file() and json.loads(note.read_text()) == plan:
         return path
-    documents = Documents(texts, tokenizer, seed)
+    documents = Documents(texts, tokenizer, seed, mixture)
     index = 0
     rows = {length: documents.rows(length, lambda: copying[0] <= index < copying[1]) for length in set(lengths)}
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(blocks, size))

@@ -36,7 +36,7 @@ def _key(rng: random.Random) -> str:
 
 
 def generate(
-    seed: int, split: str, *, length: int = 5400, keys: int = 8, depth: float | None = None
+    seed: int, split: str, *, length: int = 5400, keys: int = 8, depth: float | None = None, questions: int = 1
 ) -> Iterator[Example]:
     """Yield contexts of about ``length`` characters in which ``keys`` constants are planted.
 
@@ -46,6 +46,7 @@ def generate(
         length: Length of the context in characters (about 3.3 a token for the bundled tokenizer).
         keys: Number of planted constants, one of which is asked for.
         depth: Share of the context that precedes the wanted constant; by default the depths take turns.
+        questions: Constants asked for one after another, for training; the check reads the first answer.
     """
     rng = seeded("recall", seed, split)
     pool = functions(split)
@@ -67,6 +68,8 @@ def generate(
             lines.insert(int(place * len(lines)), f'{name} = "{values[name]}"')
         prompt = "\n".join(lines) + f'\n\n# recall {names[0]}\n{names[0]} = "'
         answer = values[names[0]] + '"\n'
+        for name in names[1:questions]:
+            answer += f'\n# recall {name}\n{name} = "{values[name]}"\n'
         yield Example(prompt, answer, _check(values[names[0]]), {"depth": wanted, "length": length})
 
 
