@@ -234,6 +234,7 @@ def test_the_bundled_pair():
 def _pretend(monkeypatch, model, verify, draft):
     costs = {True: verify, False: draft}
     monkeypatch.setattr(sizing, "forward_costs", lambda session: costs[session.model is model])
+    monkeypatch.setattr(sizing, "_clock", lambda: 0.0)  # what is pretended is not to be held against real time
 
 
 def test_a_step_tells_what_every_smaller_size_would_have_given(monkeypatch):
@@ -249,6 +250,21 @@ def test_a_step_tells_what_every_smaller_size_would_have_given(monkeypatch):
     draft = [0, 1.0, 1.0 + 1.0, 1.0 + 1.1 + 1.0]
     assert chooser.seconds == pytest.approx([10 + n + d for n, d in zip((0, 1, 2, 4), draft, strict=True)] + [0])
     assert chooser.best() == 2
+
+
+def test_time_between_the_forwards_counts(monkeypatch):
+    model, now = object(), [0.0]
+    _pretend(monkeypatch, model, [0.0] + [1.0] * 20, [0.0] + [0.1] * 20)
+    monkeypatch.setattr(sizing, "_clock", lambda: now[0])
+    session = SimpleNamespace(model=model, batch=1, device=torch.device("cpu"))
+    chooser = Sizing(session, object(), (0, 1, 2), 2)
+    for _ in range(8):
+        drafted = chooser.next()
+        if drafted:
+            chooser.count(torch.tensor([[1, 2]])[:, :drafted], torch.tensor([[True, False]])[:, :drafted])
+        # By their forwards alone two tokens in 1.1 would beat one in 1.0.
+        now[0] += 1.0 if drafted == 0 else 3.0
+    assert chooser.best() == 0 and chooser.next() <= 1
 
 
 @pytest.mark.parametrize("cls", [DraftModel, DySpec])

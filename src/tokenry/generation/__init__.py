@@ -2,6 +2,7 @@
 
 engine      the loop, the base of decoders, and the door that transformers' generate calls
 session     one call while it runs
+follower    a second model that reads along
 native      the same on a model's own attention
 plain       one token a step
 result      what comes back: ids, sources, counts

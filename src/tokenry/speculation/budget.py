@@ -75,10 +75,10 @@ class RankCounts:
 
     Every token that a verify step commits tells one such rank, whether the candidate stood in the tree or not, so the
     counts do not depend on the trees that were tried. `prior` gives the chance of each rank before anything is counted;
-    it weighs `weight` tokens, and all depths together weigh as much again for each depth.
+    it weighs `weight` tokens at the first depth; deeper, what was counted one level above takes its place.
     """
 
-    def __init__(self, depths: int, prior: Sequence[float], weight: float = 8.0) -> None:
+    def __init__(self, depths: int, prior: Sequence[float], weight: float = 4.0) -> None:
         self.prior = prior
         self.weight = weight
         self.hits = [[0.0] * len(prior) for _ in range(depths)]
@@ -93,15 +93,12 @@ class RankCounts:
 
     def chances(self) -> list[list[float]]:
         """Chance of each rank behind a node of each depth that was itself accepted."""
-        trials = sum(self.trials)
-        pooled = [
-            (sum(hits[rank] for hits in self.hits) + self.weight * chance) / (trials + self.weight)
-            for rank, chance in enumerate(self.prior)
-        ]
-        return [
-            [(h + self.weight * p) / (n + self.weight) for h, p in zip(hits, pooled, strict=True)]
-            for hits, n in zip(self.hits, self.trials, strict=True)
-        ]
+        above = list(self.prior)
+        chances = []
+        for hits, trials in zip(self.hits, self.trials, strict=True):
+            above = [(h + self.weight * p) / (trials + self.weight) for h, p in zip(hits, above, strict=True)]
+            chances.append(above)
+        return chances
 
 
 def best_nodes(

@@ -17,12 +17,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from tokenry.errors import ResourceError
 from tokenry.generation.engine import Options, Session
+from tokenry.generation.follower import Follower, second_model
 from tokenry.generation.result import GenerationResult
-from tokenry.generation.session import keeps_logits
-from tokenry.models import Block, Slots, TokenCache, attached, context_length, resource
-from tokenry.models.anatomy import text_config
+from tokenry.models import Block, Slots, TokenCache, attached
 from tokenry.sampling import substream
 from tokenry.speculation.engine import Drafter, DraftTree, Walk
 
@@ -92,65 +90,28 @@ class DraftCache(TokenCache):
         return super().block(new, mask, device)
 
 
-class Companion:
-    """A second model beside one call.
+class Companion(Follower):
+    """A second model that drafts beside one call.
 
     Every step begins with `catch_up`, which feeds what the rows have committed since, goes on with `feed` for drafts,
     and ends with `keep`, so that accepted drafts are not fed again. Rows progress unequally, as in the session.
 
     Attributes:
-        model: The second model.
         cache: Its keys and values.
         nodes: Which draft each node of the proposed tree is, numbered in the order they were fed, -1 for the root and
             nodes that were not: `[1 or batch, n]`. A drafter sets it; None: nothing is open.
     """
 
+    cache: DraftCache
+
     def __init__(self, session: Session, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cache = DraftCache(model)
+        super().__init__(session, model, DraftCache(model), "draft")
         self.nodes: Tensor | None = None
-        self._vocab = int(text_config(model).vocab_size)
-        self._context = context_length(model)
-        self._first = session.first.tolist()
-        # Columns of the session's ids that each row has been fed.
-        self._read = [0] * session.batch
-        self._counts = session.stats.extra
-        self._counts["draft_forwards"] = 0
 
-    def room(self, session: Session) -> int:
-        """Most tokens that may be drafted: behind the second model's own context it is not asked."""
-        if self._context is None:
-            return session.max_length
-        rows = zip(session.lengths, self._first, session.alive, strict=True)
-        return max(0, self._context - max(length - first for length, first, alive in rows if alive))
-
-    def catch_up(self, session: Session) -> Tensor:
-        """Feed what each row has committed and not been fed, the anchor last, and return the logits behind the anchor,
-        float32 `[batch, vocab]`."""
-        rows = list(zip(session.lengths, self._read, session.alive, strict=True))
-        if session.batch == 1:
-            start = max(self._read[0], self._first[0])
-            tokens, valid = session.ids[:, start : session.lengths[0]], None
-        else:
-            width = max(length - read for length, read, alive in rows if alive)
-            columns = session.length[:, None] + torch.arange(-width, 0, device=session.device)
-            tokens = session.ids.gather(1, columns.clamp(min=0))
-            start = torch.maximum(torch.tensor(self._read, device=session.device), session.first)
-            real = (columns >= start[:, None]) & session.active[:, None]
-            valid = None if bool(real.all()) else real
-        width = tokens.shape[1]
-        chunk = session.config.prefill_chunk_size or width
-        options = {"logits_to_keep": 1} if keeps_logits(self.model) else {}
-        for begin in range(0, width, chunk):
-            piece = tokens[:, begin : begin + chunk]
-            here = None if valid is None else valid[:, begin : begin + chunk]
-            self.cache.stage(here)
-            ahead = torch.arange(piece.shape[1], device=piece.device)[None] if here is None else here.cumsum(1) - 1
-            positions = ahead + (self.cache.seen[:, None] if self.cache.batch else 0)
-            logits = self._forward(piece, positions.clamp(min=0), **options)
-        self._read = [length if alive else read for length, read, alive in rows]
+    def catch_up(self, session: Session, rows: Tensor | None = None, *, hidden: bool = False) -> Tensor:
+        logits = super().catch_up(session, rows, hidden=hidden)
         self.cache.open()
-        return self._fitting(logits[:, -1], session.vocab)
+        return logits
 
     def feed(self, session: Session, tokens: Tensor, relation: Tensor | None = None) -> Tensor:
         """Feed drafts `[batch, new]` and return the logits behind each, float32 `[batch, new, vocab]`.
@@ -183,29 +144,12 @@ class Companion:
         within = torch.arange(1, walk.path.shape[1], device=path.device) < walk.counts[:, None]
         kept = ((fed >= 0) & within & session.active[:, None]).sum(1)
         self.cache.keep(fed.clamp(min=0), kept)
-        self._read = [read + count for read, count in zip(self._read, kept.tolist(), strict=True)]
+        self.read = [read + count for read, count in zip(self.read, kept.tolist(), strict=True)]
         self.nodes = None
-        excess = self.cache.slots.size - max(self._read)
-        if session.batch > 1 and excess >= _GAP_SLOTS and excess > _GAP_SHARE * max(self._read):
+        excess = self.cache.slots.size - max(self.read)
+        if session.batch > 1 and excess >= _GAP_SLOTS and excess > _GAP_SHARE * max(self.read):
             self.cache.realign()
         self._counts["draft_kv_bytes"] = self.cache.nbytes()
-
-    def _forward(self, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
-        self._counts["draft_forwards"] += 1
-        output = self.model(
-            input_ids=tokens.clamp(max=self._vocab - 1),
-            position_ids=positions.expand_as(tokens),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
-        return output.logits
-
-    def _fitting(self, logits: Tensor, vocab: int) -> Tensor:
-        """Logits as wide as the target's: ids that only one model has are padding, which is not drafted."""
-        logits = logits[..., :vocab].to(torch.float32)
-        return torch.nn.functional.pad(logits, (0, vocab - logits.shape[-1]), value=-torch.inf)
 
 
 class Draws:
@@ -298,28 +242,7 @@ class CompanionDrafter(Drafter, ABC):
         Raises:
             ResourceError: It does not load, is on another device, or has another vocabulary.
         """
-        given = resources.get("draft")
-        if given is not None and not isinstance(given, PreTrainedModel):
-            raise ResourceError(
-                f"{self.slug}: the resource 'draft' must be a loaded model, not {type(given).__name__}; "
-                "name a path or id as draft="
-            )
-        draft = resource(self.draft if given is None else given, model)
-        name = self.draft if given is None else type(given).__name__
-        if draft.device != model.device:
-            raise ResourceError(
-                f"{self.slug}: the draft {name} is on {draft.device} and the model on {model.device}; move it there"
-            )
-        mine, its = (int(text_config(each).vocab_size) for each in (model, draft))
-        tokenizer = resources.get("tokenizer")
-        if mine != its and (tokenizer is None or len(tokenizer) > min(mine, its)):
-            known = "no tokenizer is at hand" if tokenizer is None else f"the tokenizer has {len(tokenizer)} tokens"
-            raise ResourceError(
-                f"{self.slug}: the draft {name} has {its} tokens in its vocabulary and the model {mine}; both must "
-                f"share one tokenizer, and may differ in padding alone ({known}): give the model's own small sibling, "
-                f"as in {self.slug}:draft=PATH"
-            )
-        return draft
+        return second_model(self.slug, "draft", self.draft, model, resources)
 
     def __call__(
         self,

@@ -11,22 +11,23 @@ from tokenry.speculation.sources import Text
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLookup(CopyDrafter):
-    """Copy the continuation of an earlier occurrence of the last n-gram, the longest n that occurs first.
+    """Copy the continuation of an earlier occurrence of the last n-gram, the longest n that occurs.
 
-    The baseline drafter, as Apoorv Saxena published it (prompt-lookup-decoding, 2023), whose n-gram size and number of
-    drafted tokens are the defaults; transformers' `prompt_lookup_num_tokens` drafts 10 tokens from n-grams of at most
-    2, the first match. A copy that reaches the end of the text goes on with what it has drafted itself, so that
-    repetitions shorter than `tokens` are drafted in full.
+    The baseline drafter, as Apoorv Saxena published it (prompt-lookup-decoding, 2023), whose n-gram size, number of
+    drafted tokens and match are the defaults; transformers' `prompt_lookup_num_tokens` drafts 10 tokens from n-grams of
+    at most 2, the first match as well. A copy that reaches the end of the text goes on with what it has drafted itself,
+    so that repetitions shorter than `tokens` are drafted in full.
 
     Attributes:
         tokens: Most tokens drafted, or `"auto"`: as many as pay, see `CopyDrafter`.
         ngram: Longest n-gram that is looked up.
-        match: Which of several occurrences of one length is copied.
+        match: Which of several occurrences of one length is copied. The last follows text that changes its mind, such
+            as steps of arithmetic; the first follows a source that is repeated.
     """
 
     tokens: int | Literal["auto"] = 10
     ngram: int = 3
-    match: Literal["last", "first"] = "last"
+    match: Literal["first", "last"] = "first"
 
     def validate(self) -> None:
         super().validate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
@@ -17,8 +18,9 @@ from tokenry.speculation.budget import forward_costs
 _PROBE = 8
 # What a step weighs after each further one.
 _MEMORY = 0.95
-# Steps at the first size before any choice.
+# Steps at the first size, and one without drafts, before any choice.
 _PATIENCE = 4
+_clock = time.perf_counter
 
 
 class Sizing:
@@ -28,6 +30,9 @@ class Sizing:
     them, it would have drafted exactly these, and committed the nodes of its walk that are among them and one token of
     the target. So every step tells what each smaller size would have committed and cost; larger ones are tried now
     and then. Size 0 is plain decoding.
+
+    What forwards alone take leaves out the work between them, which drafting has more of. So the time of whole steps is
+    held against what their forwards were expected to take, for steps with drafts and steps without.
 
     Args:
         session: The call; the target's forwards are measured once per process (`budget.forward_costs`).
@@ -46,20 +51,45 @@ class Sizing:
         self.steps = 0
         self.tokens = [0.0] * len(self.sizes)
         self.seconds = [0.0] * len(self.sizes)
+        self._began: float | None = None
+        # Of the step that is under way: what its forwards take, if it drafts.
+        self._planned: float | None = None
+        # Without drafts, and with: seconds that steps took, and those that their forwards were expected to take.
+        self._took = [[0.0, 0.0], [0.0, 0.0]]
 
     def next(self) -> int:
         """The number of nodes to draft in the coming step."""
         self.steps += 1
-        if self.steps > _PATIENCE:
+        self._time()
+        if self.steps == _PATIENCE:
+            self.rung = 0  # plain decoding is timed too
+        elif self.steps > _PATIENCE:
             best = self.best()
             larger = min(best + 1, len(self.sizes) - 1)
             self.rung = larger if self.steps % _PROBE == 0 or not self.seconds[larger] else best
         return self.sizes[self.rung]
 
+    def _time(self) -> None:
+        """Close the time of the step before."""
+        now = _clock()
+        if self._began is not None:
+            drafted = self._planned is not None
+            took = self._took[drafted]
+            took[0] = _MEMORY * took[0] + now - self._began
+            took[1] = _MEMORY * took[1] + (self._planned if self._planned is not None else float(self.verify[1]))
+        self._began, self._planned = now, None
+
+    def _excess(self, drafted: bool) -> float:
+        """How many times as long as their forwards alone steps take."""
+        seconds, planned = self._took[drafted]
+        return seconds / planned if seconds else 1.0
+
     def best(self) -> int:
         """The place among the sizes of the one that gave most tokens a second; plain decoding is known beforehand."""
-        rates = [n / s if s else 0.0 for n, s in zip(self.tokens, self.seconds, strict=True)]
-        rates[0] = 1 / float(self.verify[1])
+        plain = 1 / (float(self.verify[1]) * self._excess(False))
+        excess = self._excess(True)
+        rates = [n / (s * excess) if s else 0.0 for n, s in zip(self.tokens, self.seconds, strict=True)]
+        rates[0] = plain
         return max(range(len(rates)), key=rates.__getitem__)
 
     def count(self, depth: Tensor, accepted: Tensor) -> None:
@@ -80,3 +110,5 @@ class Sizing:
         for rung, (won, took) in enumerate(zip(tokens.tolist(), seconds.tolist(), strict=True)):
             self.tokens[rung] = _MEMORY * self.tokens[rung] + won
             self.seconds[rung] = _MEMORY * self.seconds[rung] + took
+        if self.rung:
+            self._planned = float(seconds[-1])

@@ -27,7 +27,9 @@ _CHILDREN = (
 # Chance of each rank before a call has counted its own, for `template="auto"`.
 _PRIOR = (0.45, 0.13, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
 # Verify steps between two choices of the tree.
-_PATIENCE = 8
+_PATIENCE = 4
+# Where one path goes on being right, it pays to go on beyond the paper's six levels.
+_DEEPEST = 20
 _SPAN = 2048
 
 
@@ -40,6 +42,13 @@ def standard_template() -> tuple[Path_, ...]:
         level = [(*path, rank) for path, count in zip(level, children, strict=True) for rank in range(count)]
         nodes += level
     return tuple(nodes)
+
+
+@functools.cache
+def _candidates() -> tuple[Path_, ...]:
+    """What `template="auto"` chooses from: the paper's nodes, and its deepest path further down."""
+    paths = standard_template()
+    return (*paths, *((0,) * depth for depth in range(len(_CHILDREN) + 1, _DEEPEST + 1)))
 
 
 @functools.lru_cache(maxsize=512)
@@ -115,7 +124,7 @@ class TokenRecycling(Drafter):
         if self.harvest_prompt and table.is_cold:
             session.on_prompt = functools.partial(self._harvest, session, state)
         if self.template == "auto":
-            state.counts = RankCounts(6, _PRIOR)
+            state.counts = RankCounts(_DEEPEST, _PRIOR)
             state.costs = forward_costs(session)
         return state
 
@@ -173,7 +182,7 @@ class TokenRecycling(Drafter):
                     counts.add(depth, found if 0 <= found < len(_PRIOR) else None)
 
     def _chosen(self, counts: RankCounts, costs: list[float], device: torch.device) -> Template:
-        whole = _template(standard_template(), device)
+        paths = _candidates()
+        whole = _template(paths, device)
         nodes = best_nodes(whole.parents, whole.ranks, whole.depths, counts.chances(), costs)
-        paths = standard_template()
         return _template(tuple(paths[node - 1] for node in nodes[1:]), device)
