@@ -1,13 +1,31 @@
 """Which past tokens stay? One budgeted cache, many policies.
 
-h2o     the newest tokens and those that collected the most attention
-sinks   the first tokens and the newest (baseline)
-random  the newest tokens and a random sample of the others (baseline)
+h2o        the newest tokens and those that collected the most attention
+keyformer  likewise, by a noised score whose temperature rises
+treekv     fewer the further back: of two neighbours the less attended goes
+dapq       the prompt's tokens that queries at the coming positions attend to
+sinks      the first tokens and the newest (baseline)
+random     the newest tokens and a random sample of the others (baseline)
+snapkv     the newest tokens and those that the newest queries attend to (baseline)
+
+And which of them does a step attend to, where all stay?
+
+fasa       those that a few rotary frequency planes of each head select
+oracle     those that get the most attention (the ceiling)
 """
 
-from tokenry.kvcache.engine import CachePolicy
+from tokenry.kvcache.dapq import DapQ
+from tokenry.kvcache.engine import CachePolicy, RetrievalPolicy
+from tokenry.kvcache.fasa import FASA, FASAPlan
 from tokenry.kvcache.h2o import H2O
+from tokenry.kvcache.keyformer import Keyformer
+from tokenry.kvcache.oracle import Oracle
 from tokenry.kvcache.random import Random
 from tokenry.kvcache.sinks import Sinks
+from tokenry.kvcache.snapkv import SnapKV
+from tokenry.kvcache.treekv import TreeKV
 
-__all__ = ["H2O", "CachePolicy", "Random", "Sinks"]
+__all__ = [
+    "FASA", "H2O", "CachePolicy", "DapQ", "FASAPlan", "Keyformer", "Oracle", "Random", "RetrievalPolicy", "Sinks",
+    "SnapKV", "TreeKV",
+]  # fmt: skip

@@ -1,11 +1,14 @@
-"""What every cache policy of the evict kind shares: the budget, the block, and when tokens are dropped.
+"""What all cache policies share: the budget, the block, and when tokens are dropped or chosen.
 
-A policy says which slots are protected and how the others score; the engine keeps the best of each KV head within the
-budget. Nothing is dropped before a token's own attention has run: eviction follows the output.
+CachePolicy      drops tokens: a policy says which slots are protected and how the others score, and the engine keeps
+                 the best of each KV head within the budget. Nothing is dropped before a token's own attention has run:
+                 eviction follows the output.
+RetrievalPolicy  drops nothing: before the attention of a decode step it chooses the slots that the step attends to.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,12 +20,12 @@ from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse
 from tokenry.methods import Method
-from tokenry.models import AttentionRows, TokenCache, TokenLayer, attach, detach, policy_block
+from tokenry.models import AttentionRows, Block, TokenCache, TokenLayer, attach, detach, policy_block
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePolicy(Method):
-    """A rule for which past tokens stay in the cache.
+class BudgetedPolicy(Method):
+    """A rule for which past tokens a model attends to; the base of both kinds.
 
     ``with policy(model):`` gives every forward of the model inside the block a cache that the policy keeps;
     ``policy.cache(model)`` makes one to pass as ``past_key_values``. Sliding-window layers keep their window; the
@@ -30,30 +33,105 @@ class CachePolicy(Method):
     runs without the policy unless it is started with ``contextvars.copy_context().run``.
 
     Args:
-        budget: Slots that each full-attention layer and KV head holds after a forward.
-        compact_every: Drop tokens only after tokens whose position is a multiple of this, so up to
-            ``compact_every - 1`` further slots are held. Drafters need it above 1.
+        budget: Slots of each full-attention layer and KV head, as a count, or below 1 as a share of the real tokens of
+            each row's prompt (``budget=0.25``), rounded down, at least ``least()``. The prompt ends with the first
+            forward of a single token; a prompt in chunks is held to the share of what has come so far.
     """
 
     role: ClassVar[str] = "policy"
     needs_attention: ClassVar[bool] = False
 
-    budget: int = 256
+    budget: int | float = 256
+
+    def validate(self) -> None:
+        if isinstance(self.budget, float):
+            self.check("budget", "a count, or a share above 0 and below 1", 0 < self.budget < 1, BudgetTooSmall)
+            return
+        least = self.least()
+        why = "the protected tokens and one more must fit"
+        self.check("budget", f"at least {least}", self.budget >= least, BudgetTooSmall, why)
+
+    def least(self) -> int:
+        """The smallest budget."""
+        return 1
+
+    def layer_budget(self, layer: TokenLayer) -> int | float:
+        """The budget of one layer (``layer.number``), as a count or a share; every layer has the same by default."""
+        return self.budget
+
+    def slots(self, share: float, length: int) -> int:
+        """Slots that a share of ``length`` tokens gives."""
+        return max(int(share * length), self.least())
+
+    def prepare(self, model: PreTrainedModel) -> Any:
+        """What it needs beside the model, made or loaded for each cache and kept as ``cache.prepared``."""
+        return None
+
+    def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
+        """Take in the attention of the committed rows (only where ``needs_attention``)."""
+
+    def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> AbstractContextManager[PreTrainedModel]:
+        """The block in which every forward of ``model`` runs on a cache that this policy keeps.
+
+        Raises:
+            UnsupportedModel: The model cannot run on Tokenry's attention, or not with this policy.
+            CacheMisuse: Another policy is active in this thread.
+        """
+        if args or kwargs:
+            raise BadParameter(
+                f"{self} is a cache policy, not a decoding method: write `with {type(self).__name__}(...)(model): "
+                "model.generate(...)`, and give a decoder to custom_generate inside the block"
+            )
+        return policy_block(model, self)  # type: ignore[arg-type]
+
+    def cache(self, model: PreTrainedModel) -> TokenCache:
+        """A cache to pass as ``past_key_values``; the model stays switched for as long as the cache lives."""
+        cache = TokenCache(model, self)  # type: ignore[arg-type]
+        attach(model)
+        cache.on_release = lambda: detach(model)
+        return cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePolicy(BudgetedPolicy):
+    """A rule for which past tokens stay in the cache.
+
+    Where a policy has a field ``positions``, ``"original"`` leaves every token at its true position; ``"rolling"``
+    counts positions over the tokens that are held, so that a model can run past the length it was trained for. Rolling
+    needs rotary positions whose frequencies do not change with the length.
+
+    Args:
+        budget: Slots that each full-attention layer and KV head holds after a forward, as a count, or below 1 as a
+            share of the real tokens of each row's prompt.
+        compact_every: Drop tokens only after tokens whose position is a multiple of this, so up to
+            ``compact_every - 1`` further slots are held. Drafters need it above 1.
+    """
+
+    drops: ClassVar[bool] = True
+    # Whether `score`, `observe` and `keep` rely on slots in the order of time. Where they do not, a new token takes the
+    # slot of the one that goes, which costs a step far less than moving all others.
+    ordered: ClassVar[bool] = True
+
     compact_every: int = 1
 
     def validate(self) -> None:
         self.check("compact_every", "at least 1", self.compact_every >= 1)
-        least = self.least()
-        why = "the protected tokens and one more must fit"
-        self.check("budget", f"at least {least}", self.budget >= least, BudgetTooSmall, why)
+        super().validate()
+
+    @property
+    def rolling(self) -> bool:
+        return getattr(self, "positions", "original") == "rolling"
 
     def protected(self) -> int:
         """Slots that are kept whatever their score."""
         return 0
 
     def least(self) -> int:
-        """The smallest budget."""
         return self.protected() + 1
+
+    def at(self, budget: int) -> CachePolicy:
+        """The same policy with a budget that is counted; one with a share is never asked for scores itself."""
+        return self if budget == self.budget else dataclasses.replace(self, budget=budget)
 
     @abstractmethod
     def score(self, layer: TokenLayer) -> Tensor:
@@ -63,45 +141,94 @@ class CachePolicy(Method):
         """State of new slots, each ``[batch, kv_heads, new]``, from their positions ``[batch, new]``."""
         return {}
 
-    def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
-        """Take in the attention of the committed rows (only where ``needs_attention``)."""
-
     def keep(self, layer: TokenLayer) -> Tensor | None:
-        """The slots that stay, ``[batch, kv_heads, budget]`` ascending, or None while all fit."""
-        if layer.size <= self.budget:
+        """The slots that stay, ``[batch, kv_heads, budget]`` ascending, or None while all fit. Where heads keep unequal
+        numbers: which slots stay, bool ``[batch, kv_heads, slots]``."""
+        budget = int(self.budget)
+        if layer.size <= budget:
             return None
-        assert layer.keys is not None
-        score = self.score(layer).expand(*layer.keys.shape[:2], -1)
-        if layer.slots.valid is not None:
-            score = score.masked_fill(~layer.slots.valid, float("-inf"))
-        return score.topk(self.budget, -1).indices.sort(-1).values
+        return self._masked_score(layer).topk(budget, -1).indices.sort(-1).values
 
-    def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> AbstractContextManager[PreTrainedModel]:
-        """The block in which every forward of ``model`` runs on a cache that this policy keeps.
+    def victim(self, layer: TokenLayer) -> Tensor:
+        """The slot of the smallest score, ``[batch, kv_heads, 1]`` (only where not ``ordered``)."""
+        return self._masked_score(layer).argmin(-1, keepdim=True)
 
-        Raises:
-            UnsupportedModel: The model cannot run on Tokenry's attention.
-            CacheMisuse: Another policy is active in this thread.
+    def _masked_score(self, layer: TokenLayer) -> Tensor:
+        score = self.score(layer).expand(*layer.shape, -1)
+        return score if layer.slots.valid is None else score.masked_fill(~layer.slots.valid, float("-inf"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalPolicy(BudgetedPolicy):
+    """A rule for which past tokens a decode step attends to; the cache keeps them all.
+
+    A forward of one token behind others, and every row of drafts under verification, retrieves for itself, as if it
+    came alone; prompts and further turns attend to everything. Slots of padding, and drafts that a row does not follow,
+    are never chosen. ``cache.attended_share()`` says which share of the slots the steps attended to.
+
+    Args:
+        budget: Slots that a decode step attends to in each full-attention layer and head, as a count, or below 1 as a
+            share of the real tokens of each row's prompt.
+    """
+
+    drops: ClassVar[bool] = False
+    # Nothing is dropped, so nothing limits how many drafts are verified at once.
+    compact_every: ClassVar[int] = 2**30
+
+    def index(self, layer: TokenLayer, keys: Tensor) -> dict[str, Tensor]:
+        """What is kept of new keys ``[batch, kv_heads, new, head_dim]`` beside them, each ``[batch, kv_heads, new,
+        size]``; read with ``layer.indexed(name)``. Drafts are indexed too, and their entries go where they go."""
+        return {}
+
+    def settled(self, layer: TokenLayer) -> None:
+        """Take in that the tokens of a forward have become part of the text: ``layer.state`` may hold tensors
+        ``[batch, ...]`` for summaries of more than one token, replaced and never changed in place."""
+
+    def retrieves(self, layer: TokenLayer, block: Block) -> bool:
+        """Whether the rows of this block retrieve; the others attend to everything."""
+        return (block.new == 1 or block.deferred) and layer.slots.size > 0
+
+    @abstractmethod
+    def score(self, layer: TokenLayer, query: Tensor, visible: Tensor | None) -> Tensor:
+        """How much each slot is worth to each row, ``[batch, kv_heads or heads, rows, slots]``, larger is chosen.
+
+        Args:
+            query: ``[batch, heads, rows, head_dim]``, rotated.
+            visible: Bool ``[1 or batch, 1, rows, slots]``, what each row may look at; None: everything. Slots that are
+                hidden need no mark in the score.
         """
-        if args or kwargs:
-            raise BadParameter(
-                f"{self} is a cache policy, not a decoding method: write `with {type(self).__name__}(...)(model): "
-                "model.generate(...)`, and give a decoder to custom_generate inside the block"
-            )
-        return policy_block(model, self)
 
-    def cache(self, model: PreTrainedModel) -> TokenCache:
-        """A cache to pass as ``past_key_values``; the model stays switched for as long as the cache lives."""
-        cache = TokenCache(model, self)
-        attach(model)
-        cache.on_release = lambda: detach(model)
-        return cache
+    def retrieve(self, layer: TokenLayer, query: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The slots that each row attends to, ``[batch, kv_heads or heads, rows, chosen]``, and which of them count,
+        bool of that shape or None for all; None where every row attends to all it sees."""
+        budgets = layer.budgets()
+        most = max(budgets)
+        if min(budgets) >= layer.size:
+            return None
+        score = self.score(layer, query, visible)
+        if visible is not None:
+            score = score.masked_fill(~visible, float("-inf"))
+        values, slots = self.largest(score, min(most, layer.size))
+        counts = None
+        if visible is not None:
+            counts = values > float("-inf")
+        if len(budgets) > 1:
+            rank = torch.arange(values.shape[-1], device=score.device)
+            within = rank < torch.tensor(budgets, device=score.device)[:, None, None, None]
+            counts = within.expand_as(values) if counts is None else counts & within
+        return slots, counts
+
+    def largest(self, score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` largest scores and their slots, largest first; which of equal scores come is left open."""
+        best = score.topk(count, -1)
+        return best.values, best.indices
 
 
 def age_first(layer: TokenLayer, recent: int) -> Tensor:
     """Which slots are among the ``recent`` newest real tokens of their row, ``[batch, 1 or kv_heads, slots]``."""
-    valid, positions = layer.slots.materialise(layer.cache.batch, layer.device)
-    return valid & (positions >= layer.cache.seen_after[:, None, None] - recent)
+    positions = layer.slots.places(layer.cache.batch, layer.device)
+    newest = positions >= (layer.cache.seen_after - recent)[:, None, None]
+    return newest if layer.slots.valid is None else newest & layer.slots.valid
 
 
 def scramble(positions: Tensor, heads: int, seed: int) -> Tensor:
@@ -117,4 +244,7 @@ def scramble(positions: Tensor, heads: int, seed: int) -> Tensor:
     return mixed.to(torch.float32) / 2**32
 
 
-__all__ = ["AttentionRows", "CacheMisuse", "CachePolicy", "TokenLayer", "age_first", "scramble"]
+__all__ = [
+    "AttentionRows", "BudgetedPolicy", "CacheMisuse", "CachePolicy", "RetrievalPolicy", "TokenLayer", "age_first",
+    "scramble",
+]  # fmt: skip

@@ -25,13 +25,16 @@ class H2O(CachePolicy):
         normalise: ``"count"`` divides a score by the number of queries that could see the slot, which takes away the
             advantage of early tokens; not in the paper.
         decay: Factor of all scores at each new token; 1 in the paper.
+        positions: ``"rolling"`` counts positions over the held tokens, as the official streaming runs do.
     """
 
     needs_attention: ClassVar[bool] = True
+    ordered: ClassVar[bool] = False
 
     recent: float = 0.5
     normalise: Literal["none", "count"] = "none"
     decay: float = 1.0
+    positions: Literal["original", "rolling"] = "original"
 
     def validate(self) -> None:
         self.check("recent", "between 0 and 1", 0 <= self.recent <= 1)
@@ -60,6 +63,6 @@ class H2O(CachePolicy):
     def score(self, layer: TokenLayer) -> Tensor:
         mass = layer.state["mass"]
         if self.normalise == "count":
-            _, positions = layer.slots.materialise(layer.cache.batch, layer.device)
+            positions = layer.slots.places(layer.cache.batch, layer.device)
             mass = mass / (layer.cache.seen_after[:, None, None] - positions).clamp(min=1)
         return mass.masked_fill(age_first(layer, self.protected()), float("inf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class Random(CachePolicy):
         recent: Share of the budget that the newest tokens hold.
         seed: Seed of the priorities.
     """
+
+    ordered: ClassVar[bool] = False
 
     recent: float = 0.5
     seed: int = 0

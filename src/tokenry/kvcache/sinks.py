@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,14 +12,19 @@ from tokenry.kvcache.engine import CachePolicy, TokenLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Sinks(CachePolicy):
-    """Keep the first tokens and the newest (StreamingLLM, arXiv 2309.17453), at their original positions.
+    """Keep the first tokens and the newest (StreamingLLM, arXiv 2309.17453).
 
     Args:
         budget: Slots a layer and KV head after every forward, sinks included.
         sinks: First tokens that always stay (the paper's 4).
+        positions: ``"rolling"`` counts positions over the held tokens, as the paper does to run on without end;
+            ``"original"`` leaves every token where it stood.
     """
 
+    ordered: ClassVar[bool] = False
+
     sinks: int = 4
+    positions: Literal["original", "rolling"] = "original"
 
     def validate(self) -> None:
         self.check("sinks", "at least 0", self.sinks >= 0)
@@ -28,5 +34,5 @@ class Sinks(CachePolicy):
         return self.sinks
 
     def score(self, layer: TokenLayer) -> Tensor:
-        _, positions = layer.slots.materialise(layer.cache.batch, layer.device)
+        positions = layer.slots.places(layer.cache.batch, layer.device)
         return positions.float().masked_fill(positions < self.sinks, float("inf"))

@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.models import compat
 from tokenry.models.anatomy import check_decoder, check_plain
-from tokenry.models.cache import Policy, TokenCache, current, set_current
+from tokenry.models.cache import Policy, TokenCache, TokenLayer, current, set_current
 from tokenry.models.statistics import AttentionRows
 
 
@@ -61,15 +61,43 @@ def attention(
     block = cache.block(query.shape[2], attention_mask, query.device)
     allowed, causal = layer.mask(block)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None:
-        output = _fused(query, key, value, allowed, causal, scaling)
+    layer.scaling = scaling
+    query, key = layer.roll(block, query, key)
+    found = layer.retrieve(block, query, allowed)
+    rows = None
+    if found is not None:
+        slots, counts = found
+        output = _chosen(layer, query, slots, counts, scaling, softcap)
     else:
-        output = _capped(query, key, value, allowed, causal, scaling, softcap)
-    if layer.policy is not None:
-        rows = AttentionRows(query, key, allowed, causal, scaling, softcap, block.valid)
-        layer.attended(block, rows)
+        watched = layer.policy is not None and layer.policy.needs_attention
+        if watched or softcap is not None:
+            rows = AttentionRows(query, key, allowed, causal, scaling, softcap, block.valid)
+        # No fused kernel of torch bounds logits. On CPUs products in blocks of rows are faster than the fused kernel
+        # and statistics beside it, which would cost one of the products again.
+        if rows is not None and (softcap is not None or query.device.type == "cpu"):
+            output = rows.attend(value)
+        else:
+            output = _fused(query, key, value, allowed, causal, scaling)
+    layer.attended(block, rows)
     _thread.calls = getattr(_thread, "calls", 0) + 1
     return output.transpose(1, 2).contiguous(), None
+
+
+def _chosen(
+    layer: TokenLayer, query: Tensor, slots: Tensor, counts: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """Attention of each row over slots of its own, ``[batch, kv_heads or heads, rows, chosen]``."""
+    batch, heads, new, dim = query.shape
+    sets = slots.shape[1]
+    keys, values = (part.flatten(1, 2) for part in layer.fetch(slots))
+    # Every row of every set becomes a head with keys of its own, and the query heads that share the set its rows.
+    packed = query.view(batch, sets, heads // sets, new, dim).transpose(2, 3).reshape(batch, sets * new, -1, dim)
+    allowed = None if counts is None else counts.flatten(1, 2)[:, :, None]
+    if softcap is None:
+        output = F.scaled_dot_product_attention(packed, keys, values, attn_mask=allowed, scale=scaling)
+    else:
+        output = AttentionRows(packed, keys, allowed, False, scaling, softcap).attend(values)
+    return output.view(batch, sets, new, heads // sets, -1).transpose(2, 3).reshape(batch, heads, new, -1)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool, scaling: float) -> Tensor:
@@ -85,29 +113,6 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, ca
         allowed = allowed.repeat(1, 1, groups, 1)
     output = F.scaled_dot_product_attention(packed, key, value, attn_mask=allowed, scale=scaling)
     return output.view(batch, heads, new, dim)
-
-
-def _capped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    allowed: Tensor | None,
-    causal: bool,
-    scaling: float,
-    softcap: float,
-) -> Tensor:
-    """Attention with bounded logits, which no fused kernel of torch offers."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scaling / softcap) * softcap
-    if allowed is None and causal:
-        allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    if allowed is not None:
-        if allowed.ndim == 4 and allowed.shape[1] > 1:
-            allowed = allowed.repeat_interleave(groups, 1)
-        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.matmul(logits.softmax(-1, dtype=wide).to(value.dtype), value)
 
 
 def mask(*, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any) -> Tensor | None:

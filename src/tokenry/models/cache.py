@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,40 +23,90 @@ from transformers.cache_utils import CacheLayerMixin
 from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.models import compat
 from tokenry.models.anatomy import check_decoder, text_config, windows
-from tokenry.models.slots import Block, Slots
+from tokenry.models.rotary import Rotary
+from tokenry.models.slots import Block, Slots, replaced
 from tokenry.models.statistics import AttentionRows
 
 _GROWTH = 64
 
 
 class Policy(Protocol):
-    """What the cache asks of a cache policy (see :class:`tokenry.kvcache.engine.CachePolicy`)."""
+    """What the cache asks of a cache policy (see :mod:`tokenry.kvcache.engine`): of every kind, of those that drop
+    tokens, and of those that retrieve."""
 
-    @property
-    def budget(self) -> int:
-        """Slots that a layer and head hold once tokens were dropped."""
-        ...
+    drops: ClassVar[bool]
+    """Whether it drops tokens; a policy that does not chooses those that a step attends to."""
+    needs_attention: ClassVar[bool]
+    """Whether ``observe`` is to be called."""
 
     @property
     def compact_every(self) -> int:
         """Tokens are dropped after positions that are multiples of this."""
         ...
 
-    @property
-    def needs_attention(self) -> bool:
-        """Whether ``observe`` is to be called."""
+    def prepare(self, model: PreTrainedModel) -> Any:
+        """What it needs beside the model, for a cache's ``prepared``."""
         ...
 
-    def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
-        """State of new slots, each ``[batch, heads, new]``, from their positions ``[batch, new]``."""
+    def layer_budget(self, layer: TokenLayer) -> int | float:
+        """Slots of a layer and head, or their share of the prompt."""
+        ...
+
+    def slots(self, share: float, length: int) -> int:
+        """Slots that a share of ``length`` tokens gives."""
         ...
 
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
         """Take in the attention of the committed rows; all state is already ``[batch, heads, slots]``."""
         ...
 
+
+class Evicting(Policy, Protocol):
+    """What the cache asks of a policy that drops tokens."""
+
+    ordered: ClassVar[bool]
+    """Whether its slots must stay in the order of time."""
+
+    @property
+    def rolling(self) -> bool:
+        """Whether positions are counted over the tokens that are held."""
+        ...
+
+    def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
+        """State of new slots, each ``[batch, heads, new]``, from their positions ``[batch, new]``."""
+        ...
+
     def keep(self, layer: TokenLayer) -> Tensor | None:
-        """Slots to keep, ``[batch, heads, kept]`` ascending, or None to keep all."""
+        """Slots to keep, ``[batch, heads, kept]`` ascending, or which slots stay, bool ``[batch, heads, slots]``;
+        None to keep all."""
+        ...
+
+    def victim(self, layer: TokenLayer) -> Tensor:
+        """The one slot to drop, ``[batch, heads, 1]``."""
+        ...
+
+    def at(self, budget: int) -> Evicting:
+        """The same policy with that budget."""
+        ...
+
+
+class Retrieving(Policy, Protocol):
+    """What the cache asks of a policy that chooses the slots a step attends to."""
+
+    def index(self, layer: TokenLayer, keys: Tensor) -> dict[str, Tensor]:
+        """What is kept of new keys beside them, each ``[batch, kv_heads, new, size]``."""
+        ...
+
+    def retrieves(self, layer: TokenLayer, block: Block) -> bool:
+        """Whether the rows of this block retrieve; the others attend to everything."""
+        ...
+
+    def retrieve(self, layer: TokenLayer, query: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """Slots that each row attends to, ``[batch, kv_heads or heads, rows, chosen]``, and which of them count."""
+        ...
+
+    def settled(self, layer: TokenLayer) -> None:
+        """The new tokens of a forward have become part of the text."""
         ...
 
 
@@ -64,12 +114,29 @@ class _Window:
     """The rule of a sliding-window layer: the newest tokens stay, and some before them, so that a few can be taken
     back."""
 
-    needs_attention = False
+    drops: ClassVar[bool] = True
+    ordered: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = False
+    rolling = False
     compact_every = 1
     spare = _GROWTH // 2
 
     def __init__(self, window: int) -> None:
         self.budget = window + self.spare
+
+    def prepare(self, model: PreTrainedModel) -> Any: ...
+
+    def layer_budget(self, layer: TokenLayer) -> int | float:
+        return self.budget
+
+    def slots(self, share: float, length: int) -> int:
+        return self.budget
+
+    def at(self, budget: int) -> _Window:
+        return self
+
+    def victim(self, layer: TokenLayer) -> Tensor:
+        raise NotImplementedError
 
     def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
         return {}
@@ -88,22 +155,33 @@ class TokenLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[batch, kv_heads, slots, head_dim]``, in buffers with room to grow.
 
     Attributes:
+        number: Which layer of the model it is.
         window: Sliding window in tokens, or None.
         slots: Which tokens the slots hold. Layers that drop nothing share the cache's.
         state: What the policy keeps for each slot, ``[batch, kv_heads, slots]`` by name.
+        reads: Slots that the rows of decode steps attended to, counted for each row and head, and those they could
+            have attended to; kept where the policy retrieves.
         evicted: Whether a slot was ever dropped.
+        scaling: Factor of the layer's attention logits, known once it ran.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, cache: TokenCache, window: int | None) -> None:
+    def __init__(self, cache: TokenCache, window: int | None, number: int = 0) -> None:
         # A strong reference would keep a dropped cache, and the switch it holds, until the next garbage collection.
         self._cache = weakref.ref(cache)
-        self.window = window
+        self.window, self.number = window, number
         self.policy: Policy | None = cache.policy if window is None else _Window(window)
-        self.slots = cache.slots if self.policy is None else Slots()
+        self.slots = cache.slots if not self._drops else Slots()
         self.state: dict[str, Tensor] = {}
+        self.reads = [0, 0]
+        self.scaling = 1.0
+        # Beside the keys and values, in buffers that grow with theirs.
+        self._index: dict[str, Tensor] = {}
+        # The budget of each row, or of all, and the policy at each of them.
+        self._budgets: list[int] | None = None
+        self._at: dict[int, Evicting] = {}
         self._size = 0
         self.evicted = False
         self.pending: AttentionRows | None = None
@@ -117,6 +195,21 @@ class TokenLayer(CacheLayerMixin):
         assert cache is not None
         return cache
 
+    @property
+    def _drops(self) -> bool:
+        return self.policy is not None and self.policy.drops
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and KV heads."""
+        if self._keys is None:
+            raise CacheMisuse("this cache is empty: run the model on a prompt first")
+        return self._keys.shape[0], self._keys.shape[1]
+
+    @property
+    def _evicting(self) -> Evicting:
+        return cast(Evicting, self.policy)
+
     # Storage ---------------------------------------------------------------------------------------------------------
     @property
     def size(self) -> int:
@@ -126,7 +219,7 @@ class TokenLayer(CacheLayerMixin):
     @size.setter
     def size(self, size: int) -> None:
         if self._keys is not None and self._values is not None:
-            for tensor in (self._keys, self._values):
+            for tensor in (self._keys, self._values, *self._index.values()):
                 slot = tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
                 self.cache.held_nbytes += (size - self._size) * slot
         self._size = size
@@ -136,6 +229,19 @@ class TokenLayer(CacheLayerMixin):
         if self._keys is None or self._values is None:
             raise CacheMisuse("this cache is empty: run the model on a prompt first")
         return self._keys[:, :, : self.size], self._values[:, :, : self.size]
+
+    def indexed(self, name: str) -> Tensor:
+        """What a retrieving policy keeps of the keys of the slots that are held, ``[batch, kv_heads, slots, size]``."""
+        return self._index[name][:, :, : self.size]
+
+    def fetch(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the slots ``[batch, kv_heads or heads, rows, chosen]``, each ``[..., head_dim]``.
+
+        Keys and values are read through this alone once a step has retrieved, so where they stand is its business.
+        """
+        keys, values = self._keys, self._values
+        assert keys is not None and values is not None
+        return _fetched(keys, slots), _fetched(values, slots)
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -155,25 +261,31 @@ class TokenLayer(CacheLayerMixin):
                 "a budgeted cache was used outside its block, where nothing would keep its budget: run the model "
                 "inside `with policy(model):`, or make the cache with `policy.cache(model)`"
             )
-        self._write(key_states, value_states)
+        index = {}
+        if self.policy is not None and not self.policy.drops:
+            index = cast(Retrieving, self.policy).index(self, key_states)
+        self._write(key_states, value_states, index)
         keys, values = self.held()
         # The attention function is given tensors alone; this is how it finds the layer they belong to.
         keys._tokenry_layer = self  # type: ignore[attr-defined]
         return keys, values
 
-    def _write(self, keys: Tensor, values: Tensor) -> None:
+    def _write(self, keys: Tensor, values: Tensor, index: dict[str, Tensor] | None = None) -> None:
         if self._keys is None or self._values is None:
             self.lazy_initialization(keys, values)
             # A prompt is kept as it came: no copy, and no more memory than it takes.
-            self._keys, self._values = keys, values
+            self._keys, self._values, self._index = keys, values, index or {}
             self.size = keys.shape[2]
             return
         end = self.size + keys.shape[2]
         if end > self._keys.shape[2]:
-            room = max(end + _GROWTH, end + end // 8) if self.policy is None else end + self.policy.compact_every
+            room = end + self._evicting.compact_every if self._drops else max(end + _GROWTH, end + end // 8)
             self._keys, self._values = (_grown(tensor, room, self.size) for tensor in (self._keys, self._values))
+            self._index = {name: _grown(tensor, room, self.size) for name, tensor in self._index.items()}
         self._keys[:, :, self.size : end] = keys
         self._values[:, :, self.size : end] = values
+        for name, new in (index or {}).items():
+            self._index[name][:, :, self.size : end] = new
         self.size = end
 
     # One forward -----------------------------------------------------------------------------------------------------
@@ -184,23 +296,79 @@ class TokenLayer(CacheLayerMixin):
             block.masks[self.window] = block.mask(self.slots, self.window, self.device)
         return block.masks[self.window]
 
-    def attended(self, block: Block, rows: AttentionRows) -> None:
+    def retrieve(self, block: Block, query: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The slots that each row of a block attends to and which of them count, or None where it attends to all.
+
+        Args:
+            query: ``[batch, heads, rows, head_dim]``.
+            visible: Bool ``[1 or batch, 1, rows, slots]``; None: all.
+        """
+        if self.policy is None or self.policy.drops:
+            return None
+        policy = cast(Retrieving, self.policy)
+        if not policy.retrieves(self, block):
+            return None
+        found = policy.retrieve(self, query, visible)
+        self.reads[0] += block.new * (self.size if found is None else found[0].shape[-1])
+        self.reads[1] += block.new * self.size
+        return found
+
+    def positions(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Positions of the slots, the block's own behind the old ones, ``[batch, 1 or kv_heads, slots]``, and of the
+        block's rows, ``[batch, rows]``."""
+        assert self._keys is not None
+        new = self._new_positions(block).expand(self._keys.shape[0], -1)
+        old = self.slots.places(new.shape[0], self.device)
+        return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1)], -1), new
+
+    def _new_positions(self, block: Block) -> Tensor:
+        if block.places is None:
+            block.places = block.positions
+        if block.places is None:
+            block.places = self.cache.seen_before.unsqueeze(-1) + torch.arange(block.new, device=self.device)
+        return block.places
+
+    def roll(self, block: Block, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their places among the tokens that are held, where the policy counts those.
+
+        Once a slot was dropped, keys are stored as at position 0, so that no error adds up from turning them often.
+        """
+        if not self._drops or not self._evicting.rolling or not self.evicted:
+            return query, key
+        rotary = self.cache.rotary
+        assert rotary is not None and self._keys is not None
+        base = self.size - block.new
+        positions = self._new_positions(block)
+        new = self._keys[:, :, base : self.size]
+        new.copy_(rotary.turn(new, -positions[:, None].expand(new.shape[0], -1, -1)))
+        held, _ = self.slots.materialise(new.shape[0], self.device)
+        count = held.sum(-1, keepdim=True)
+        # A new token stands as far behind the held ones as it stands behind the tokens seen.
+        ranks = count + (positions - self.cache.seen_before[:, None])[:, None]
+        places = torch.cat([held.cumsum(-1) - 1, ranks], -1)
+        back = ranks - positions[:, None]
+        if back.shape[1] > 1:
+            back = back.repeat_interleave(query.shape[1] // back.shape[1], 1)
+        return rotary.turn(query, back), rotary.turn(key, places)
+
+    def attended(self, block: Block, rows: AttentionRows | None) -> None:
         """After the layer's attention: hand the statistics to the policy, or keep them until the commit."""
-        if self.policy is None:
+        policy = self.policy
+        if policy is None:
             return
         if block.deferred:
-            self.pending = rows.kept() if self.policy.needs_attention else None
+            self.pending = rows.kept() if rows is not None and policy.needs_attention else None
             return
-        self._take(block.new, block.valid, block.positions)
-        if self.policy.needs_attention:
-            self.policy.observe(self, rows)
-        self._evict(block.new > 1)
+        if policy.drops:
+            self._take(block.new, block.valid, self._new_positions(block))
+        if policy.needs_attention and rows is not None:
+            policy.observe(self, rows)
+        if policy.drops:
+            self.evict(block.new > 1)
 
-    def _take(self, count: int, valid: Tensor | None, positions: Tensor | None) -> None:
-        assert self.policy is not None and self._keys is not None
+    def _take(self, count: int, valid: Tensor | None, positions: Tensor) -> None:
+        assert self._keys is not None
         batch, heads = self._keys.shape[:2]
-        if positions is None:
-            positions = self.cache.seen_before.unsqueeze(-1) + torch.arange(count, device=self.device)
         self.slots.append(
             count,
             valid,
@@ -208,46 +376,123 @@ class TokenLayer(CacheLayerMixin):
             batch,
             self.device,
         )
-        for name, new in self.policy.fresh(positions, heads).items():
+        for name, new in self._evicting.fresh(positions, heads).items():
             self.state[name] = torch.cat([self.state[name], new], -1) if name in self.state else new
 
-    def _evict(self, always: bool) -> None:
+    def budgets(self) -> list[int]:
+        """Slots that the rows may hold once tokens were dropped: one number for all rows, or one for each."""
+        if self._budgets is None:
+            assert self.policy is not None
+            budget = self.policy.layer_budget(self)
+            if isinstance(budget, int):
+                self._budgets = [budget]
+            else:
+                rows = [self.policy.slots(budget, length) for length in self.cache.prompt_lengths()]
+                self._budgets = rows if len(set(rows)) > 1 else rows[:1]
+        return self._budgets
+
+    def _rule(self, budget: int) -> Evicting:
+        if budget not in self._at:
+            self._at[budget] = self._evicting.at(budget)
+        return self._at[budget]
+
+    def evict(self, always: bool) -> None:
         """Let the policy drop tokens in the rows that are due, and close the gaps where slots ran over its bound."""
-        policy = self.policy
-        assert policy is not None
+        policy, budgets = self._evicting, self.budgets()
+        most = max(budgets)
         due = None
         if not always and policy.compact_every > 1:
             due = self.cache.seen_after % policy.compact_every == 0
             if bool(due.all()):
                 due = None
-            elif not bool(due.any()) and self.size < policy.budget + policy.compact_every:
+            elif not bool(due.any()) and self.size < most + policy.compact_every:
                 return
-        keep = policy.keep(self)
+        if due is None and len(budgets) == 1:
+            if self._replaceable(most):
+                self._replace(self._rule(most).victim(self))
+                return
+            keep = self._rule(most).keep(self)
+        else:
+            keep = self._kept(budgets)
         if keep is None:
             return
-        if due is not None:
-            # Rows that are not due keep their tokens, so the tensors stay as long as the longest of them.
-            held, _ = self.slots.materialise(keep.shape[0], self.device)
-            chosen = torch.zeros(*keep.shape[:2], self.size, dtype=torch.bool, device=self.device).scatter_(
-                -1, keep, True
-            )
-            self.slots.valid = held & (chosen | ~due[:, None, None])
+        if due is not None or keep.dtype == torch.bool:
+            # Rows that are not due keep their tokens, and heads may keep unequal numbers: the tensors stay as long as
+            # the longest of them.
+            chosen = keep if keep.dtype == torch.bool else self._marked(keep)
+            if due is not None:
+                chosen = chosen | ~due[:, None, None]
+            held, _ = self.slots.materialise(chosen.shape[0], self.device)
+            self.slots.valid = held & chosen
             longest = int(self.slots.valid.sum(-1).max())
             keep = self.slots.valid.byte().argsort(dim=-1, descending=True, stable=True)[..., :longest].sort(-1).values
         self.gather(keep)
-        self.evicted = True
+        if always and self.slots.valid is not None and bool(self.slots.valid.all()):
+            # The padding is gone, so nothing is left to hide.
+            self.slots.valid = None
+
+    def _replaceable(self, budget: int) -> bool:
+        """Whether one token too many is held and its slot may take the newest: the common step of decoding."""
+        policy = self._evicting
+        return (
+            self.size == budget + 1
+            and self.evicted
+            and not policy.ordered
+            and not policy.rolling
+            and self._keys is not None
+            and self._values is not None
+            and self._keys.is_contiguous()
+            and self._values.is_contiguous()
+        )
+
+    def _replace(self, victim: Tensor) -> None:
+        """Drop slot ``victim`` ``[batch, kv_heads, 1]`` of each head; the newest token takes its place."""
+        assert self._keys is not None and self._values is not None
+        batch, heads, room, _ = self._keys.shape
+        first = torch.arange(0, batch * heads * room, room, device=self.device)
+        rows, last = victim.flatten() + first, first + (self.size - 1)
+        for buffer in (self._keys, self._values):
+            flat = buffer.view(-1, buffer.shape[-1])
+            flat.index_copy_(0, rows, flat.index_select(0, last))
+        self.size -= 1
+        self.slots.replace(victim)
+        for name, tensor in self.state.items():
+            self.state[name] = replaced(tensor, victim)
+
+    def _marked(self, keep: Tensor) -> Tensor:
+        return torch.zeros(*keep.shape[:2], self.size, dtype=torch.bool, device=self.device).scatter_(-1, keep, True)
+
+    def _kept(self, budgets: list[int]) -> Tensor | None:
+        """Which slots stay where rows have budgets of their own, bool ``[batch, kv_heads, slots]``."""
+        assert self._keys is not None
+        if len(budgets) == 1:
+            keep = self._rule(budgets[0]).keep(self)
+            return keep if keep is None or keep.dtype == torch.bool else self._marked(keep)
+        chosen = torch.ones(*self._keys.shape[:2], self.size, dtype=torch.bool, device=self.device)
+        rows = torch.tensor(budgets, device=self.device)
+        for budget in sorted(set(budgets)):
+            keep = self._rule(budget).keep(self)
+            if keep is not None:
+                marked = keep if keep.dtype == torch.bool else self._marked(keep)
+                chosen = torch.where((rows == budget)[:, None, None], marked, chosen)
+        return None if bool(chosen.all()) else chosen
 
     def gather(self, keep: Tensor) -> None:
         """Keep the slots ``keep`` ``[batch, kv_heads, kept]`` of each head and drop the others."""
         assert self._keys is not None and self._values is not None
         # Room for the tokens that come before slots are next dropped, so that none of them copies the rest once more.
-        room = keep.shape[-1] + (1 if self.policy is None else self.policy.compact_every)
+        room = keep.shape[-1] + (self._evicting.compact_every if self._drops else 1)
+        if self._drops and self._evicting.rolling and not self.evicted:
+            places = self.slots.places(keep.shape[0], self.device)
+            assert self.cache.rotary is not None
+            self._keys = self.cache.rotary.turn(self.held()[0], -places)
         picks = torch.cat([keep, keep[..., -1:].expand(-1, -1, room - keep.shape[-1])], -1)
         self._keys, self._values = _picked(self._keys, picks), _picked(self._values, picks)
         self.size = keep.shape[-1]
         self.slots.gather(keep)
         for name, tensor in self.state.items():
             self.state[name] = tensor.gather(-1, keep)
+        self.evicted = True
 
     def commit(
         self, block: Block, path: Tensor, counts: Tensor, take: int, straight: bool, valid: Tensor | None
@@ -257,19 +502,20 @@ class TokenLayer(CacheLayerMixin):
         base = self.size - block.new
         if not straight:
             index = path[:, None, :, None]
-            for buffer in (self._keys, self._values):
+            for buffer in (self._keys, self._values, *self._index.values()):
                 new = buffer[:, :, base : self.size]
                 chosen = new.gather(2, index.expand(-1, buffer.shape[1], -1, buffer.shape[-1]))
                 buffer[:, :, base : base + take] = chosen
         self.size = base + take
         if self.policy is None:
             return
-        positions = self.cache.seen_before.unsqueeze(-1) + torch.arange(take, device=self.device)
-        self._take(take, valid, positions)
+        if self.policy.drops:
+            self._take(take, valid, self.cache.seen_before.unsqueeze(-1) + torch.arange(take, device=self.device))
         if self.pending is not None:
             self.policy.observe(self, self.pending.path(path, valid, base))
             self.pending = None
-        self._evict(False)
+        if self.policy.drops:
+            self.evict(False)
 
     # transformers' interface -----------------------------------------------------------------------------------------
     def get_seq_length(self) -> int:
@@ -285,14 +531,17 @@ class TokenLayer(CacheLayerMixin):
         if self._keys is not None:
             keys, values = self.held()
             self._keys, self._values = keys.index_select(0, rows), values.index_select(0, rows)
+            self._index = {name: self.indexed(name).index_select(0, rows) for name in self._index}
+        self._budgets = None
         if self.slots is not self.cache.slots:
             self.slots.select(rows)
         self.state = {name: tensor.index_select(0, rows) for name, tensor in self.state.items()}
 
     def reset(self) -> None:
         self._size, self._keys, self._values, self.state, self.evicted = 0, None, None, {}, False
+        self._index, self._budgets, self.reads = {}, None, [0, 0]
         self.is_initialized = False
-        self.slots = self.cache.slots if self.policy is None else Slots()
+        self.slots = Slots() if self._drops else self.cache.slots
 
 
 def _picked(buffer: Tensor, picks: Tensor) -> Tensor:
@@ -300,6 +549,16 @@ def _picked(buffer: Tensor, picks: Tensor) -> Tensor:
     batch, heads, slots, dim = buffer.shape
     first = torch.arange(batch * heads, device=buffer.device).view(batch, heads, 1) * slots
     return buffer.reshape(-1, dim).index_select(0, (picks + first).flatten()).view(batch, heads, -1, dim)
+
+
+def _fetched(buffer: Tensor, slots: Tensor) -> Tensor:
+    """Slots ``[batch, heads, rows, chosen]`` of ``[batch, kv_heads, slots, head_dim]``, where several heads may read
+    from one."""
+    batch, kv_heads, room, dim = buffer.shape
+    heads = torch.arange(slots.shape[1], device=buffer.device) // (slots.shape[1] // kv_heads)
+    first = torch.arange(batch, device=buffer.device)[:, None] * kv_heads + heads
+    picks = slots + first[:, :, None, None] * room
+    return buffer.reshape(-1, dim).index_select(0, picks.flatten()).view(*slots.shape, dim)
 
 
 def _grown(buffer: Tensor, room: int, used: int) -> Tensor:
@@ -324,6 +583,9 @@ class TokenCache(Cache):
     def __init__(self, model: PreTrainedModel, policy: Policy | None = None) -> None:
         check_decoder(model)
         self.policy = policy
+        self.prepared: Any = None if policy is None else policy.prepare(model)
+        """What the policy needs beside the model."""
+        self.rotary = Rotary(model) if policy is not None and getattr(policy, "rolling", False) else None
         self.slots = Slots()
         self.total = 0
         """Columns the model has been fed, padding included: what transformers calls the sequence length."""
@@ -333,6 +595,9 @@ class TokenCache(Cache):
         """Most bytes that were held at any time, within a forward too."""
         self.on_release: Callable[[], None] | None = None
         self._seen: Tensor | None = None
+        # Tokens of each row's prompt, which ends with the first forward of a single token or of a draft.
+        self._prompt: Tensor | None = None
+        self._prompt_ended = False
         # Columns of left padding in each row, and whether rows have gaps behind them.
         self._lead: Tensor | None = None
         self._ragged = False
@@ -345,7 +610,7 @@ class TokenCache(Cache):
                 f"every layer of {type(model).__name__} has a sliding window of {spans[0]} tokens, so {policy} would "
                 "rule none of them: use a model with full-attention layers"
             )
-        super().__init__(layers=[TokenLayer(self, window) for window in spans])
+        super().__init__(layers=[TokenLayer(self, window, number) for number, window in enumerate(spans)])
 
     # What a decoding method sees -------------------------------------------------------------------------------------
     @property
@@ -372,7 +637,7 @@ class TokenCache(Cache):
 
     def room(self) -> Tensor | None:
         """Tokens that a deferred forward may commit before the policy next drops some ``[batch]``; None: no limit."""
-        if self.policy is None:
+        if self.policy is None or not self.policy.drops:
             return None
         return self.policy.compact_every - self.seen % self.policy.compact_every
 
@@ -416,6 +681,24 @@ class TokenCache(Cache):
         self._ragged |= valid is not None
         self.total += take
         self._block = None
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell a policy that retrieves that the new tokens are text."""
+        if self.policy is not None and not self.policy.drops:
+            for layer in self.layers:
+                if layer.policy is self.policy:
+                    cast(Retrieving, self.policy).settled(layer)
+
+    def prompt_lengths(self) -> list[int]:
+        """Real tokens of each row's prompt; a prompt in chunks counts as far as it has come."""
+        lengths = self.seen if self._prompt is None else self._prompt
+        return lengths.tolist()
+
+    def attended_share(self) -> float:
+        """Share of the slots that decode steps attended to, over the layers where a policy retrieves; 1 before."""
+        read, held = (sum(layer.reads[part] for layer in self.layers) for part in (0, 1))
+        return read / held if held else 1.0
 
     def fork(self) -> TokenCache:
         """An independent copy, policy state included."""
@@ -429,7 +712,8 @@ class TokenCache(Cache):
             twin.__dict__.update(layer.__dict__)
             twin._cache = weakref.ref(other)
             twin.slots = other.slots if layer.slots is self.slots else layer.slots.copy()
-            twin.state = dict(layer.state)
+            twin.state, twin.reads = dict(layer.state), list(layer.reads)
+            twin._index = {name: layer.indexed(name).clone() for name in layer._index}
             if layer._keys is not None:
                 twin._keys, twin._values = (tensor.clone() for tensor in layer.held())
             other.layers.append(twin)
@@ -448,6 +732,7 @@ class TokenCache(Cache):
         self.slots.select(rows)
         self._seen = None if self._seen is None else self._seen.index_select(0, rows)
         self._lead = None if self._lead is None else self._lead.index_select(0, rows)
+        self._prompt = None if self._prompt is None else self._prompt.index_select(0, rows)
         self._recount()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -464,6 +749,8 @@ class TokenCache(Cache):
         if drop == 0:
             return
         for layer in self.layers:
+            if layer.state and not layer._drops:
+                raise CacheMisuse(f"{self.policy} has indexed the tokens that are to be taken back")
             if layer.evicted and not (isinstance(layer.policy, _Window) and drop <= layer.policy.spare):
                 raise CacheMisuse(
                     "a cache that has dropped tokens cannot go back: run assisted generation with a budget above the "
@@ -533,18 +820,21 @@ class TokenCache(Cache):
 
     def _recount(self) -> None:
         filled = [layer for layer in self.layers if layer.is_initialized]
-        self.held_nbytes = sum(part.numel() * part.element_size() for layer in filled for part in layer.held())
+        parts = [part for layer in filled for part in (*layer.held(), *(layer.indexed(name) for name in layer._index))]
+        self.held_nbytes = sum(part.numel() * part.element_size() for part in parts)
 
     def nbytes(self) -> int:
         """Bytes of the keys and values that are held."""
         return self.held_nbytes
 
     def kept_positions(self) -> list[Tensor]:
-        """For each layer the positions it holds, ``[batch, 1 or kv_heads, slots]``, -1 where a slot holds no token."""
+        """For each layer the positions it holds in order, ``[batch, 1 or kv_heads, slots]``, with a -1 before them for
+        each slot that holds no token."""
         kept = []
         for layer in self.layers:
             valid, positions = layer.slots.copy().materialise(self.batch, layer.device)
-            kept.append(positions.masked_fill(~valid, -1))
+            # A slot that was given to a newer token stands out of order.
+            kept.append(positions.masked_fill(~valid, -1).sort(-1).values)
         return kept
 
     def to_dynamic(self, length: int | None = None) -> DynamicCache:
@@ -625,6 +915,12 @@ class TokenCache(Cache):
             counted = torch.arange(1, new + 1, device=device)[None] if valid is None else valid.cumsum(-1)
             block.positions = self.seen_before[:, None] + counted - 1
         self.seen_after = self.seen_before + (new if valid is None else valid.sum(-1))
+        if not self._prompt_ended:
+            self._prompt_ended = self._prompt is not None and (deferred or new == 1)
+            if not self._prompt_ended:
+                self._prompt = self.seen_after
+                for layer in self.layers:
+                    layer._budgets = None
         self._block = block
         return block
 
@@ -657,6 +953,7 @@ class TokenCache(Cache):
         self.total += block.new
         self._seen = None if self.slots.valid is None and self.slots.positions is None else self.seen_after
         self._block = None
+        self._settle()
 
     def abandon(self) -> None:
         """After a forward that failed: forget its block; the cache itself is not fit for further use."""
@@ -694,7 +991,8 @@ class TokenCache(Cache):
 
     def reset(self) -> None:
         self.slots, self.total, self._seen, self._lead, self._ragged = Slots(), 0, None, None, False
-        self._staged = self._block = None
+        self._staged = self._block = self._prompt = None
+        self._prompt_ended = False
         self.held_nbytes = 0
         for layer in self.layers:
             layer.reset()

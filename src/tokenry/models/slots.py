@@ -21,12 +21,17 @@ class Slots:
         self.positions: Tensor | None = None
 
     def materialise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Validity and positions as tensors."""
-        if self.valid is None:
-            self.valid = torch.ones(batch, 1, self.size, dtype=torch.bool, device=device)
+        """Validity and positions as tensors; what is None stays None, since masks are built for what is not."""
+        valid = self.valid
+        if valid is None:
+            valid = torch.ones(batch, 1, self.size, dtype=torch.bool, device=device)
+        return valid, self.places(batch, device)
+
+    def places(self, batch: int, device: torch.device) -> Tensor:
+        """Positions as a tensor."""
         if self.positions is None:
-            self.positions = torch.arange(self.size, device=device).expand(batch, 1, self.size)
-        return self.valid, self.positions
+            return torch.arange(self.size, device=device).expand(batch, 1, self.size)
+        return self.positions
 
     def append(
         self, count: int, valid: Tensor | None, positions: Tensor | None, batch: int, device: torch.device
@@ -57,6 +62,14 @@ class Slots:
             self.positions = self.positions.expand(-1, keep.shape[1], -1).gather(-1, keep)
         self.size = keep.shape[-1]
 
+    def replace(self, victim: Tensor) -> None:
+        """Put the last slot in the place of slot ``victim`` ``[batch, heads, 1]`` of each head."""
+        if self.valid is not None:
+            self.valid = replaced(self.valid.expand(-1, victim.shape[1], -1), victim)
+        positions = self.places(victim.shape[0], victim.device)
+        self.positions = replaced(positions.expand(-1, victim.shape[1], -1), victim)
+        self.size -= 1
+
     def contiguous(self) -> bool:
         """Whether every slot holds the real token of its own position."""
         if self.valid is not None and not bool(self.valid.all()):
@@ -83,6 +96,11 @@ class Slots:
         return other
 
 
+def replaced(tensor: Tensor, victim: Tensor) -> Tensor:
+    """``[batch, heads, slots]`` without its last slot, which stands where ``victim`` ``[batch, heads, 1]`` stood."""
+    return tensor.scatter(-1, victim, tensor[..., -1:])[..., :-1]
+
+
 class Block:
     """The new tokens of one forward: ``valid`` ``[batch, new]`` or None (all real), ``relation``
     ``[1 or batch, new, new]`` or None (causal), and the position of each, ``[batch, new]`` or None (contiguous)."""
@@ -93,6 +111,7 @@ class Block:
         self.relation = relation
         self.deferred = deferred
         self.positions: Tensor | None = None
+        self.places: Tensor | None = None  # the positions as a tensor in any case, once a layer asked for them
         self.masks: dict[int | None, tuple[Tensor | None, bool]] = {}
 
     def among(self, device: torch.device) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS = 256
+_ROWS = 128
 
 
 class AttentionRows:
     """The attention probabilities of the rows of one layer call, computed when they are asked for.
+
+    :meth:`attend` gives the output and takes the statistics on the way; without it they cost a product of their own.
+    All are float32, or float64 where the model runs in it, whatever the precision of queries and keys.
 
     Args:
         query: ``[batch, heads, rows, head_dim]``, rotated.
@@ -37,53 +42,96 @@ class AttentionRows:
         self.count = query.shape[2]
         self.groups = query.shape[1] // key.shape[1]
         self._rows: Tensor | None = None
+        self._sums: Tensor | None = None
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Probabilities of rows ``start`` to ``stop``, summed over the query heads of each key head, in float32 (or
-        float64 where the model runs in it): ``[batch, kv_heads, rows, slots]``."""
-        rows = self._block(start, self.count if stop is None else stop)
-        return F.pad(rows, (0, self.key.shape[2] - rows.shape[-1])) if self._rows is None else rows
-
-    def _block(self, start: int, stop: int) -> Tensor:
-        """The same up to the last slot that any of the rows sees."""
-        if self._rows is not None:
-            return self._rows[:, :, start:stop]  # rows of padding are zeros here already
+    def logits(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Scaled logits of rows ``start`` to ``stop``, ``[batch, kv_heads, groups, rows, width]``, -inf where a row
+        may not look; ``width`` ends at the last slot that any of the rows sees."""
+        stop = self.count if stop is None else stop
         batch, heads, _, dim = self.query.shape
-        wide = torch.promote_types(self.query.dtype, torch.float32)
-        query = self.query[:, :, start:stop].view(batch, heads // self.groups, self.groups, stop - start, dim)
-        slots = self.key.shape[2] - self.count + stop if self.causal else self.key.shape[2]
-        key = self.key[:, :, None, :slots]
-        logits = torch.matmul(query, key.transpose(-1, -2)).to(wide) * self.scaling
+        # The query heads of a group as further rows of one head: no repeated keys.
+        packed = self.query[:, :, start:stop].reshape(batch, heads // self.groups, -1, dim)
+        width = self.key.shape[2] - self.count + stop if self.causal else self.key.shape[2]
+        logits = torch.matmul(packed, self.key[:, :, :width].transpose(-1, -2))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self.scaling)
+        logits = logits.view(batch, heads // self.groups, self.groups, stop - start, width)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.mask is not None:
-            logits = logits.masked_fill(~self.mask[:, :, None, start:stop], float("-inf"))
-        elif self.causal:
-            row = torch.arange(slots - stop + start, slots, device=logits.device)
-            logits = logits.masked_fill(torch.arange(slots, device=logits.device) > row[:, None], float("-inf"))
-        rows = logits.softmax(-1).sum(2)
-        if self.valid is not None:
-            rows = rows * self.valid[:, None, start:stop, None]
-        return rows
+            logits = logits.masked_fill_(~self.mask[:, :, None, start:stop], float("-inf"))
+        elif self.causal and stop - start > 1:
+            late = torch.ones(stop - start, stop - start, dtype=torch.bool, device=logits.device).triu_(1)
+            logits[..., width - (stop - start) :].masked_fill_(late, float("-inf"))
+        return logits
+
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Blocks of rows: start, stop, the exponentials ``[batch, kv_heads, groups, rows, width]`` and what each row
+        has to be multiplied by to sum to 1."""
+        for start in range(0, self.count, _ROWS):
+            stop = min(start + _ROWS, self.count)
+            weights = self.logits(start, stop)
+            weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+            yield start, stop, weights, weights.sum(-1, keepdim=True).reciprocal_()
+
+    def attend(self, value: Tensor) -> Tensor:
+        """The output of the rows, ``[batch, heads, rows, head_dim]``, from ``value`` ``[batch, kv_heads, slots,
+        head_dim]``; column sums, or all probabilities of a short block, stay for the questions that follow."""
+        batch, heads, _, _ = self.query.shape
+        kv_heads, dim = value.shape[1], value.shape[-1]
+        if self.count <= _ROWS:
+            weights = self.logits().softmax(-1)
+            self._rows = self._real(weights.sum(2), 0, self.count)
+            packed = weights.to(value.dtype).view(batch, kv_heads, self.groups * self.count, -1)
+            return torch.matmul(packed, value).view(batch, heads, self.count, dim)
+        output = value.new_empty(batch, kv_heads, self.groups, self.count, dim)
+        sums = self._zeros()
+        for start, stop, weights, scale in self._blocks():
+            packed = weights.to(value.dtype).view(batch, kv_heads, self.groups * (stop - start), -1)
+            part = torch.matmul(packed, value[:, :, : packed.shape[-1]])
+            output[:, :, :, start:stop] = part.view(batch, kv_heads, self.groups, stop - start, dim) * scale
+            self._add(sums, start, stop, weights, scale, None)
+        self._sums = sums
+        return output.view(batch, heads, self.count, dim)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Probabilities of rows ``start`` to ``stop``, summed over the query heads of each key head:
+        ``[batch, kv_heads, rows, slots]``."""
+        stop = self.count if stop is None else stop
+        if self._rows is not None:
+            return self._rows[:, :, start:stop]
+        rows = self._real(self.logits(start, stop).softmax(-1).sum(2), start, stop)
+        return F.pad(rows, (0, self.key.shape[2] - rows.shape[-1]))
 
     def column_sums(self, weights: Tensor | None = None) -> Tensor:
-        """What each slot received from all rows, ``[batch, kv_heads, slots]``, summed in blocks of rows.
+        """What each slot received from all rows, ``[batch, kv_heads, slots]``.
 
         Args:
             weights: ``[batch, rows]`` factor of each row; None: 1.
         """
-        total: Tensor | None = None
-        for start in range(0, self.count, _ROWS):
-            stop = min(start + _ROWS, self.count)
-            rows = self._block(start, stop)
-            if weights is not None:
-                rows = rows * weights[:, None, start:stop, None]
-            if total is None:
-                width = rows.shape[-1] if self._rows is not None else self.key.shape[2]
-                total = rows.new_zeros(*rows.shape[:2], width)
-            total[..., : rows.shape[-1]] += rows.sum(2)
-        assert total is not None
-        return total
+        if self._rows is not None:
+            rows = self._rows if weights is None else self._rows * weights[:, None, :, None]
+            return rows[:, :, 0] if self.count == 1 else rows.sum(2)
+        if self._sums is not None and weights is None:
+            return self._sums
+        sums = self._zeros()
+        for start, stop, block, scale in self._blocks():
+            self._add(sums, start, stop, block, scale, weights)
+        return sums
+
+    def _zeros(self) -> Tensor:
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        return self.key.new_zeros(self.key.shape[:3], dtype=wide)
+
+    def _real(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        return rows if self.valid is None else rows * self.valid[:, None, start:stop, None]
+
+    def _add(self, sums: Tensor, start: int, stop: int, block: Tensor, scale: Tensor, weights: Tensor | None) -> None:
+        """Add a block's columns to ``sums``; the factors of the rows make it one product."""
+        for factor in (self.valid, weights):
+            if factor is not None:
+                scale = scale * factor[:, None, None, start:stop, None]
+        scale, block = scale.flatten(2, 3), block.flatten(2, 3)
+        sums[..., : block.shape[-1]] += torch.matmul(scale.transpose(-1, -2), block)[:, :, 0]
 
     def ages(self) -> tuple[Tensor, Tensor]:
         """How many real rows of its batch row come after each row ``[1 or batch, rows]``, and how many there are in

@@ -1,0 +1,110 @@
+"""FASA's own invariants, as on its card: the agreement of planes, and plans."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import tiny
+from tokenry.errors import BadPrompt, ResourceError
+from tokenry.kvcache import FASA, FASAPlan
+from tokenry.kvcache.fasa import _calibrated, _Calibration
+from tokenry.models import AttentionRows, TokenCache, attached, planes
+
+
+def test_agreement_is_the_share_of_common_tokens():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, 40, 8, generator=generator) for heads in (4, 2))
+    dims = planes(tiny.model(), 8)
+    layer = SimpleNamespace(state={})
+    collector = _Calibration(k=5, steps=10, planes=tuple(dims.flatten().tolist()))
+    collector.observe(layer, AttentionRows(query, key, None, True, 0.3))
+    for head in range(4):
+        for number, plane in enumerate(dims.tolist()):
+            common = 0
+            for row in range(30, 40):
+                whole = (key[0, head // 2, : row + 1] @ query[0, head, row]).topk(5).indices.tolist()
+                part = (key[0, head // 2, : row + 1, plane] @ query[0, head, row, plane]).topk(5).indices.tolist()
+                common += len(set(whole) & set(part))
+            assert layer.state["agreement"][0, head, number].item() == pytest.approx(common / 50)
+
+
+def test_calibration_is_repeatable_and_bounded():
+    model = tiny.model()
+    ids = tiny.prompts((200,))["input_ids"]
+    one, two = (FASAPlan.calibrate(model, ids, k=20, steps=30) for _ in range(2))
+    assert torch.equal(one.agreement, two.agreement) and one.agreement.shape == (3, 4, 4)
+    assert bool(((one.agreement >= 0) & (one.agreement <= 1)).all())
+    # A plane ranks better than chance: 20 of 200 tokens in common would be a tenth.
+    assert one.agreement.mean() > 0.15
+    assert one.dominant(0.5).shape == (3, 4, 2) and one.dominant(0.01).shape == (3, 4, 1)
+    best = one.agreement.gather(-1, one.dominant(0.5)).min(-1).values
+    assert bool((best >= one.agreement.median(-1).values).all())
+    with pytest.raises(BadPrompt, match="too few"):
+        FASAPlan.calibrate(model, ids, k=50, steps=30)
+
+
+def test_plans_are_saved_and_refused_for_other_models(tmp_path):
+    model = tiny.model()
+    plan = FASAPlan.calibrate(model, tiny.prompts((200,))["input_ids"], k=20, steps=30, layout="adjacent")
+    plan.save(tmp_path / "plan.safetensors")
+    read = FASAPlan.load(tmp_path / "plan.safetensors", model)
+    assert torch.equal(read.agreement, plan.agreement) and read.planes.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    policy = FASA(budget=8, plan=str(tmp_path / "plan.safetensors"))
+    with policy(model):
+        model.generate(tiny.prompts((30,))["input_ids"], max_new_tokens=4)
+    with pytest.raises(ResourceError, match="was made for"), policy(other := tiny.model("qwen3")):
+        other.generate(tiny.prompts((30,))["input_ids"], max_new_tokens=4)
+    with pytest.raises(ResourceError, match="cannot read"), FASA(plan=str(tmp_path / "none"))(model):
+        model.generate(tiny.prompts((30,))["input_ids"], max_new_tokens=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per", ("query", "kv"))
+def test_chosen_tokens_are_the_largest_sums_of_dominant_planes(per):
+    model = tiny.model(dtype=torch.float64)
+    policy = FASA(budget=6, planes=0.5, per=per)
+    chosen = {}
+
+    class Watching(FASA):
+        def retrieve(self, layer, query, visible):
+            found = super().retrieve(layer, query, visible)
+            if found is not None:
+                chosen[layer.number] = query, layer.held()[0].clone(), found[0]
+            return found
+
+    with attached(model):
+        cache = TokenCache(model, Watching(budget=6, planes=0.5, per=per))
+        model(tiny.prompts((30,))["input_ids"], past_key_values=cache)
+        model(torch.tensor([[5]]), past_key_values=cache)
+    assert sorted(chosen) == [1, 2], "the first layer attends to everything"
+    plan = _calibrated(model)
+    for number, (query, keys, slots) in chosen.items():
+        score = torch.zeros(4, 31, dtype=torch.float64)
+        for head in range(4):
+            for plane in plan.planes[plan.dominant(0.5)[number, head]].tolist():
+                score[head] += keys[0, head // 2][:, plane] @ query[0, head, 0, plane]
+        score = score.view(2, 2, 31).sum(1) if per == "kv" else score
+        assert torch.equal(slots[0, :, 0].sort(-1).values, score.topk(6, -1).indices.sort(-1).values)
+    assert policy.resources == ("plan",)
+
+
+@torch.no_grad()
+def test_recent_tokens_are_always_among_the_chosen():
+    model = tiny.model()
+    seen = []
+
+    class Watching(FASA):
+        def retrieve(self, layer, query, visible):
+            found = super().retrieve(layer, query, visible)
+            seen.extend([] if found is None else [found[0]])
+            return found
+
+    with attached(model):
+        cache = TokenCache(model, Watching(budget=6, recent=3))
+        model(tiny.prompts((30,))["input_ids"], past_key_values=cache)
+        model(torch.tensor([[5]]), past_key_values=cache)
+    for slots in seen:
+        assert all({28, 29, 30} <= set(row) for row in slots[0, :, 0].tolist())
