@@ -24,7 +24,18 @@ def drafters() -> list[type[Method]]:
 
 def made(cls: type[Method]) -> Method:
     """A method as the contracts run it: with its defaults, or where those promise nothing, the promise asked for."""
-    return cls(**({"lossless": True} if cls.slug == "hamburger" else {}))
+    return cls(**_PROMISES.get(cls.slug, {}))
+
+
+_PROMISES: dict[str, dict[str, Any]] = {
+    "hamburger": {"lossless": True},
+    # One answer without texts around it is plain decoding.
+    "in-context-navigation": {"rounds": 1, "per_round": 1, "header": "", "item": "", "cue": "", "end": ""},
+    "r2r": {"rule": "random", "threshold": 0.0},  # every token is the model's own
+    "skipdecode": {"last": 3},  # all layers of a tiny model
+    # One draft without a table is greedy search; two tokens are sampled before it where a call samples.
+    "superposed-decoding": {"k": 1, "alpha": 0.0, "prefix": 2},
+}
 
 
 def resources(method: Method, model: PreTrainedModel) -> dict[str, Any]:
@@ -55,6 +66,10 @@ def _draft_model(model: PreTrainedModel) -> dict[str, Any]:
         return {"draft": tiny.model(dtype=model.dtype, seed=1)}
 
 
+def _small_model(model: PreTrainedModel) -> dict[str, Any]:
+    return {"small": _draft_model(model)["draft"]}
+
+
 def _grafts(model: PreTrainedModel) -> dict[str, Any]:
     """Random grafts on a model that the tiny Llama is, and the others are not."""
     from tokenry.speculation.hamburger import HamburgerModel
@@ -67,11 +82,25 @@ def _grafts(model: PreTrainedModel) -> dict[str, Any]:
     return {"weights": own.to(model.device)}
 
 
+def _letters(model: PreTrainedModel) -> dict[str, Any]:
+    """A tokenizer of one byte an id: the byte view of a model is then the model itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<pad>", "<bos>", "<eos>", *map(chr, range(0x21, 0x7F))]
+    built = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<bos>", eos_token="<eos>",
+                                                 pad_token="<pad>", padding_side="left")}  # fmt: skip
+
+
 _RESOURCES = {
     "draft-model": _draft_model,
     "draft-tree": _draft_model,
     "dyspec": _draft_model,
+    "exact-byte-probabilities": _letters,
     "future-token-prediction": _future_decoder,
     "gated-lora-mtp": _mask_adapters,
     "hamburger": _grafts,
+    "r2r": _small_model,
 }

@@ -296,7 +296,13 @@ class Runner:
             seconds = time.perf_counter() - start
         if not isinstance(method, Peer):
             sources = [[source.name.lower() for source in row] for row in result.new_sources]
-            return Outcome(result.new_tokens, seconds, result.stats, result.stats.drafter_seconds, sources=sources)
+            tokens = result.new_tokens
+            # Of a method that writes several texts a prompt, best first, the best one counts.
+            each = len(tokens) // len(batch.input_ids)
+            if each > 1:
+                tokens, sources = tokens[::each], sources[::each]
+                result.stats.committed = sum(map(len, tokens))
+            return Outcome(tokens, seconds, result.stats, result.stats.drafter_seconds, sources=sources)
         ends = frozenset() if self.ignore_eos else end_tokens(model)
         tokens = [_cut(row, ends) for row in result.sequences[:, batch.input_ids.shape[1] :].tolist()]
         stats = result.stats

@@ -1,0 +1,373 @@
+"""The byte view against enumeration, as on its card."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.decoding import byte_tokenizers as kinds
+from tokenry.decoding import ByteEnsemble, ByteView, next_byte_distribution
+from tokenry.decoding.byte_view.covers import Covers, Row
+from tokenry.errors import BadParameter, BadPrompt, PromptTooLong, UnsupportedModel
+from tokenry.vocabulary import ByteVocabulary, token_bytes
+
+MERGES = [("a", "a"), ("a", "b"), ("aa", "b"), ("b", "c"), ("ab", "c"), ("c", "c")]
+
+
+class Enumeration:
+    """Probabilities of texts by going through all token sequences, one uncached forward for each prefix."""
+
+    def __init__(self, model, tokenizer, canonical: bool) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.canonical = canonical
+        self.spelled = token_bytes(tokenizer)
+        self.specials = [i for i, spelled in enumerate(self.spelled) if not spelled]
+        self.next = functools.cache(self._next)
+
+    def _is_canonical(self, ids: tuple[int, ...]) -> bool:
+        data = b"".join(self.spelled[i] for i in ids)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            # The toy vocabularies merge no bytes of characters, so any unfinished character will do.
+            try:
+                whole = codecs.getincrementaldecoder("utf-8")().decode(data).encode()
+            except UnicodeDecodeError:
+                return False
+            count = len(ids) - (len(data) - len(whole))
+            head = ids[:count]
+            return b"".join(self.spelled[i] for i in head) == whole and self._is_canonical(head)
+        if self.tokenizer("a", add_special_tokens=False)["input_ids"] != [self.tokenizer.get_vocab().get("a")]:
+            # SentencePiece puts a blank before the text, which the bytes have already.
+            if text in ("", " "):
+                return ids == tuple(self.tokenizer.get_vocab()["\u2581"] for _ in text)
+            if not text.startswith(" "):
+                return False
+            text = text[1:]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] == list(ids)
+
+    def _next(self, ids: tuple[int, ...]) -> torch.Tensor:
+        context = torch.tensor([[self.tokenizer.bos_token_id, *ids]])
+        with torch.no_grad():
+            logits = self.model(context).logits[0, -1, : len(self.spelled)].clone()
+        if self.canonical:
+            for number, spelled in enumerate(self.spelled):
+                if spelled and not self._is_canonical((*ids, number)):
+                    logits[number] = -math.inf
+        return logits.softmax(-1)
+
+    def probability(self, data: bytes, ids: tuple[int, ...] = ()) -> float:
+        """P(text begins with data), by the sum over all sequences whose last token reaches its end."""
+        done = sum(len(self.spelled[i]) for i in ids)
+        if done >= len(data):
+            return 1.0
+        rest = data[done:]
+        total = 0.0
+        for number, spelled in enumerate(self.spelled):
+            if spelled and (spelled.startswith(rest) or rest.startswith(spelled)):
+                share = float(self.next(ids)[number])
+                if share:
+                    total += share * self.probability(data, (*ids, number))
+        return total
+
+
+def strings(letters: str, longest: int):
+    for length in range(1, longest + 1):
+        yield from ("".join(own).encode() for own in itertools.product(letters, repeat=length))
+
+
+@pytest.mark.parametrize("canonical", (True, False))
+def test_every_string_has_the_probability_of_enumeration(canonical):
+    tokenizer = kinds.byte_level(MERGES)
+    model = kinds.model(tokenizer, more=5)
+    known = Enumeration(model, tokenizer, canonical)
+    view = ByteView(model, tokenizer, canonical=canonical)
+    longer = [b"aabcaab", b"ccabcba", b"aaaaaaa", b"abcabca"] if canonical else [b"aabcc", b"abcab"]
+    for data in [*strings("abc", 3 if canonical else 2), *longer]:
+        assert math.exp(view.log_prob(data)) == pytest.approx(known.probability(data), rel=1e-10)
+        state = view.start(data)
+        after = state.log_probs().exp()
+        assert float(after.sum()) == pytest.approx(1, abs=1e-12)
+        whole = known.probability(data)
+        for byte in b"abc":
+            assert float(after[byte]) == pytest.approx(known.probability(data + bytes([byte])) / whole, abs=1e-10)
+        rest = sorted(set(range(256)) - set(b"abc"))
+        assert float(after[rest].sum()) == 0
+
+
+@pytest.mark.parametrize("text", ("ab ca", "bé a", "a\n", "ca€b"))
+@pytest.mark.parametrize("kind", ("byte-level", "sentence-piece"))
+def test_blanks_and_characters_of_several_bytes(kind, text):
+    """SentencePiece spells "é" by three fallback bytes, byte-level BPE by bytes too; "a" as <0x61> is no encoding."""
+    if kind == "byte-level":
+        from tokenizers import pre_tokenizers
+
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = kinds.byte_level([*MERGES, ("Ġ", "a"), ("Ġ", "c")], letters)
+        lead = b""
+    else:
+        tokenizer = kinds.sentence_piece([*MERGES, ("\u2581", "a"), ("\u2581", "b")])
+        lead = b" "
+    model = kinds.model(tokenizer)
+    known = Enumeration(model, tokenizer, True)
+    view = ByteView(model, tokenizer)
+    assert view.vocabulary.lead == lead
+    data = text.encode()
+    before = known.probability(lead)
+    for end in range(1, len(data) + 1):
+        wanted = known.probability(lead + data[:end]) / before
+        assert math.exp(view.log_prob(data[:end])) == pytest.approx(wanted, rel=1e-10)
+        state = view.start(data[: end - 1])
+        assert float(state.log_probs().exp()[data[end - 1]]) == pytest.approx(
+            wanted / (known.probability(lead + data[: end - 1]) / before), rel=1e-9
+        )
+
+
+class Chain(Covers):
+    """A model that is a table: the exact token model of a Markov chain over A and B cut into A, B and AA."""
+
+    A, B = 0.7, 0.4
+
+    def ask(self, extra=None):
+        letters = {spelled: number for number, spelled in enumerate(self.vocabulary.bytes_of) if spelled}
+        a, b = self.A, self.B
+        rules = {
+            b"B": {b"B": 1 - b, b"AA": b * a, b"A": b * (1 - a)},
+            b"AA": {b"AA": a * a, b"A": a * (1 - a), b"B": 1 - a},
+            b"A": {b"B": 1.0},
+        }
+        for number, row in enumerate(self.rows):
+            for prefix in extra[number] if extra else row.unasked():
+                last = self.vocabulary.bytes_of[[*row.read, *prefix.tokens][-1]] or b"B"
+                logits = torch.full((len(self.vocabulary.bytes_of),), -math.inf, dtype=torch.float64)
+                for spelled, share in rules[last].items():
+                    logits[letters[spelled]] = math.log(share)
+                self.give(number, prefix, logits)
+
+
+def test_the_markov_chain_behind_a_tokenizer_comes_back():
+    """Token by token, "A" behind "BA" has probability 0; byte by byte the chain's own."""
+    tokenizer = kinds.byte_level([("A", "A")], "AB")
+    shell = kinds.model(tokenizer)
+    vocabulary = ByteVocabulary(tokenizer)
+    chain = {ord("A"): {ord("A"): Chain.A, ord("B"): 1 - Chain.A}, ord("B"): {ord("A"): Chain.B, ord("B"): 1 - Chain.B}}
+    for data in strings("AB", 7):
+        covers = Chain(shell, vocabulary, [Row(vocabulary, [1], 0, 1, "fast")], None)
+        last, total, wanted = ord("B"), 0.0, 0.0
+        for byte in data:
+            covers.ask()
+            logs = covers.outcome(0)
+            for outcome in chain[last]:
+                assert float(logs[outcome].exp()) == pytest.approx(chain[last][outcome], abs=1e-12)
+            total += float(logs[byte])
+            wanted += math.log(chain[last][byte])
+            covers.append(0, byte)
+            covers.rows[0].settle()
+            last = byte
+        assert total == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("paths", ("canonical", "fast"))
+def test_the_state_after_appending_is_the_fresh_one(paths):
+    """On words that look ahead behind blanks, every byte of a text; the tokenizer's own encoding is always covered."""
+    tokenizer = kinds.trained()
+    model = kinds.model(tokenizer)
+    view = ByteView(model, tokenizer, paths=paths)
+    text = "value):\n   x   été" if paths == "fast" else "return  value\n  é"
+    data = text.encode()
+    state = view.start(data[:1])
+    for end in range(2, len(data) + 1):
+        state.append(data[end - 1])
+        fresh = view.start(data[:end])
+        # In fast mode a fresh state has checked the covers' last tokens no more than an old one has.
+        assert torch.allclose(state.log_probs().exp(), fresh.log_probs().exp(), atol=1e-10)
+        mine, theirs = ({(*s.settled, *own): log for own, log in s.covers.items()} for s in (state, fresh))
+        assert mine.keys() == theirs.keys()
+        shift = next(mine[own] - theirs[own] for own in mine)
+        for own in mine:
+            assert math.isinf(mine[own]) or mine[own] - theirs[own] == pytest.approx(shift, abs=1e-8)
+        whole = data[:end].decode(errors="ignore").encode()
+        if whole == data[:end]:
+            assert (1, *view.vocabulary.encode(whole)) in mine
+
+
+def test_reading_at_once_is_reading_byte_by_byte():
+    tokenizer = kinds.trained()
+    view = ByteView(kinds.model(tokenizer), tokenizer, paths="fast")
+    data = (kinds.TEXT[1] * 2).encode()[:150]
+    state = view.start("def")
+    logs = []
+    for byte in data:
+        logs.append(state.log_probs()[byte])
+        state.append(byte)
+    once = view.start("def")
+    assert torch.allclose(once.read(data), torch.stack(logs), atol=1e-9)
+    assert torch.allclose(once.log_probs(), state.log_probs(), atol=1e-9)
+    assert once.forwards <= 6 and state.forwards_per_byte <= 1.01
+    assert view.bits_per_byte(data, "def") == pytest.approx(-float(sum(logs)) / 150 / math.log(2))
+
+
+def test_one_byte_an_id_is_the_model_itself():
+    tokenizer = kinds.byte_level([])
+    model = kinds.model(tokenizer)
+    found = next_byte_distribution(model, tokenizer, "abcab")
+    ids = torch.tensor([[1, *tokenizer("abcab")["input_ids"]]])
+    wanted = model(ids).logits[0, -1].softmax(-1)
+    assert torch.allclose(found[list(b"abc")], wanted[[3, 4, 5]], atol=1e-12)
+    assert torch.allclose(found[256:], wanted[:3], atol=1e-12)
+
+
+def test_what_is_pruned_is_told_and_bounds_the_error():
+    tokenizer = kinds.trained()
+    model = kinds.model(tokenizer)
+    exact, pruned = (ByteView(model, tokenizer, paths="fast", prune=prune) for prune in (0.0, 0.05))
+    one, two = exact.start("def ret"), pruned.start("def ret")
+    for byte in b"urns(value":
+        one.append(byte)
+        two.append(byte)
+    assert 0 < two.kept < 1 and one.kept == 1
+    assert two.forwards < one.forwards
+    # Whatever the share, the likeliest cover stays, so that generation always goes on.
+    coarse = ByteView(model, tokenizer, paths="fast", prune=0.9).start("def ret")
+    assert len(coarse.generate(max_bytes=12, temperature=0).data) == 12
+    with pytest.raises(BadPrompt, match="lower prune"):
+        ByteView(model, tokenizer, paths="fast", prune=0.9).start("def ret").read(b"urns(value)\n\nclass" * 3)
+
+
+def test_half_precision_and_windows():
+    tokenizer = kinds.trained(size=270)
+    model = kinds.model(tokenizer, torch.bfloat16)
+    assert float(next_byte_distribution(model, tokenizer, "return va").sum()) == pytest.approx(1, abs=1e-9)
+    # Tree forwards over sliding windows equal one forward without a cache.
+    letters = [chr(0x21 + i) for i in range(94)]
+    sliding = tiny.model("mistral", torch.float64)
+    single = kinds.byte_level([], letters)
+    text = "".join(letters[i % 94] for i in range(0, 300, 7))
+    ids = torch.tensor([[1, *single(text)["input_ids"]]])
+    found = ByteView(sliding, single, paths="fast").start(text[:5])
+    found.read(text[5:].encode())
+    wanted = sliding(ids).logits[0, -1].softmax(-1)
+    assert torch.allclose(found.log_probs().exp()[0x21 : 0x21 + 94], wanted[3:], atol=1e-4)
+
+
+# --- ensembles ----------------------------------------------------------------------------------
+
+
+def members():
+    one, two = kinds.trained(), kinds.trained(None, 400)
+    return (kinds.model(one), one), (kinds.model(two, seed=3), two)
+
+
+def test_an_ensemble_is_the_mean_of_its_members():
+    first, second = members()
+    both = ByteEnsemble([first, second], paths="fast")
+    views = [ByteView(*member, paths="fast") for member in (first, second)]
+    text = "return value # naïve"
+    state = both.start(text)
+    logs = state.log_probs()
+    assert logs.shape == (257,) and float(logs.exp().sum()) == pytest.approx(1, abs=1e-12)
+    singles = [ByteEnsemble([view]) for view in views]
+    mean = sum(own.start(text).log_probs().exp() for own in singles) / 2
+    assert torch.allclose(logs.exp(), mean, atol=1e-12)
+    # The logarithm is concave, so this holds for every text.
+    bits = [own.bits_per_byte(text, "def f():\n    ") for own in singles]
+    assert both.bits_per_byte(text, "def f():\n    ") <= sum(bits) / 2 + 1e-12
+    twice = ByteEnsemble([first, first], weights=[1, 3], paths="fast")
+    assert twice.bits_per_byte(text) == pytest.approx(singles[0].bits_per_byte(text), abs=1e-10)
+
+
+def test_generated_bytes_are_those_of_the_distribution():
+    first, second = members()
+    both = ByteEnsemble([first, second], paths="fast")
+    result = both.generate("return val", max_bytes=12, temperature=0)
+    state = both.start("return val")
+    for byte in result.data:
+        assert int(state.log_probs().argmax()) == byte
+        state.append(byte)
+    assert result.ended or len(result.data) == 12
+    assert all(rate <= 1 for rate in result.forwards_per_byte) and len(result.forwards) == 2
+    one, same, other = (both.generate("x", max_bytes=10, seed=seed).data for seed in (1, 1, 2))
+    assert one == same != other
+    streamed = []
+    stopped = both.generate("x", max_bytes=40, seed=1, stop=[one[3:5]], stream=streamed.append)
+    assert stopped.data == one[:5] == b"".join(streamed)
+    for bad in ({"max_bytes": 0}, {"temperature": -1}, {"top_p": 0}):
+        with pytest.raises(BadParameter, match=next(iter(bad))):
+            both.generate("x", **bad)
+
+
+def test_infilling_moves_what_a_token_could_cross_behind_the_mark():
+    tokenizer = kinds.trained()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<fim-prefix>", "<fim-suffix>", "<fim-middle>"]})
+    view = ByteView(kinds.model(tokenizer), tokenizer, paths="fast")
+    state = view.infill("def returns(value):\n    ret", "\n    pass")
+    pre, suf, mid = (tokenizer.convert_tokens_to_ids(f"<fim-{name}>") for name in ("prefix", "suffix", "middle"))
+    settled = state.settled
+    assert settled[:2] == [1, pre] and settled.index(suf) < settled.index(mid)
+    before = view.vocabulary.spelled(settled[2 : settled.index(suf)])
+    assert (before + bytes(state.text)) == b"def returns(value):\n    ret" and state.text.endswith(b"ret")
+    assert view.vocabulary.spelled(settled[settled.index(suf) + 1 : settled.index(mid)]) == b"\n    pass"
+    assert len(state.generate(max_bytes=5, temperature=0).data) <= 5
+    with pytest.raises(BadParameter, match="marks"):
+        ByteView(*members()[0]).infill("a", "b")
+
+
+# --- the vocabulary -----------------------------------------------------------------------------
+
+
+def test_settled_ids_begin_every_cover():
+    """Against all canonical encodings of a text and its ends, on words that look ahead and on none."""
+    for tokenizer in (kinds.trained(), kinds.trained(None)):
+        vocabulary = ByteVocabulary(tokenizer)
+        text = kinds.TEXT[0] + kinds.TEXT[1][:40]
+        for end in range(5, len(text), 3):
+            own = vocabulary.encode(text[:end].encode())
+            count, _ = vocabulary.settled([1, *own])
+            kept = own[: count - 1]
+            for start in range(max(0, end - vocabulary.longest), end):
+                left = vocabulary.encode(text[:start].encode())
+                low, _, high = vocabulary.narrow(text[start:end].encode())
+                ids = [[*left, number] for number in vocabulary.ids[low:high].tolist()]
+                for cover, fits in zip(ids, vocabulary.canonical(ids), strict=True):
+                    assert not fits or cover[: len(kept)] == kept
+
+
+def test_what_may_follow_depends_on_the_last_words_alone():
+    vocabulary = ByteVocabulary(kinds.trained())
+    whole = vocabulary.encode(kinds.TEXT[0].encode())
+    for end in range(6, len(whole), 5):
+        wanted = vocabulary.canonical([[*whole[:end], number] for number in vocabulary.ids.tolist()])
+        assert vocabulary.continuations(whole[:end]).tolist() == wanted
+        assert wanted[vocabulary.place_of[whole[end]]]
+
+
+def test_word_pieces_are_refused_and_bad_calls_explained(monkeypatch):
+    monkeypatch.setattr("tokenry.decoding.byte_view.covers._MOST", 32)
+    tokenizer = kinds.word_piece()
+    with pytest.raises(UnsupportedModel, match="byte-level"):
+        ByteView(kinds.model(tokenizer), tokenizer)
+    tokenizer = kinds.byte_level(MERGES)
+    model = kinds.model(tokenizer)
+    with pytest.raises(BadPrompt, match="reads"):
+        next_byte_distribution(model, tokenizer, "abx")
+    with pytest.raises(BadPrompt, match="UTF-8"):
+        next_byte_distribution(model, tokenizer, b"ab\xff\xff")
+    with pytest.raises(BadParameter, match="prune"):
+        ByteView(model, tokenizer, prune=1)
+    with pytest.raises(BadParameter, match="canonical"):
+        ByteView(model, tokenizer, paths="fast", canonical=False)
+    with pytest.raises(PromptTooLong, match="256"):
+        ByteView(model, tokenizer).start("abc" * 300)
+    with pytest.raises(BadPrompt, match="context"):
+        ByteView(model, tokenizer).start("a", context=[])
+    with pytest.raises(UnsupportedModel, match="belong"):
+        ByteView(model, kinds.trained()).start("a")
+    with pytest.raises(BadParameter, match="prune above 0"):
+        ByteView(model, tokenizer, canonical=False).start("aab" * 12)
