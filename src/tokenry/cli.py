@@ -71,7 +71,12 @@ Prompts = Annotated[
 ]
 Workloads = Annotated[
     list[str] | None,
-    typer.Option("--workload", "-w", metavar="NAMES", help="code, recall, arithmetic, edit; repeat or use commas."),
+    typer.Option(
+        "--workload",
+        "-w",
+        metavar="NAMES",
+        help="code, recall, arithmetic, edit; repeat or use commas. Options: recall:asked=3.",
+    ),
 ]
 Methods = Annotated[
     list[str] | None,

@@ -43,6 +43,24 @@ def test_arithmetic_answers_are_right():
             assert eval(left) == int(right)
 
 
+def test_recall_may_have_been_asked_before():
+    for plain, example in zip(examples("recall", 5), examples("recall:asked=3;length=5400", 5), strict=True):
+        key = re.search(r"# recall (KEY_\w+)\n", plain.prompt)[1]
+        assert example.answer == plain.answer
+        value = example.answer.split('"')[0]
+        places = [match.start() for match in re.finditer(f'{key} = "{value}"', example.prompt)]
+        assert len(places) == 4  # planted, and answered three times
+        assert example.prompt.count(f"# recall {key}") == 4 and example.prompt.endswith(f'# recall {key}\n{key} = "')
+        asked = f'\n# recall {key}\n{key} = "{value}"\n\n'
+        assert sorted(example.prompt.replace(asked, "").split("\n")) == sorted(plain.prompt.split("\n"))
+
+
+@pytest.mark.parametrize("name", ["recall:asked=much", "recall:asked", "recall:ask=3", "code:asked=3"])
+def test_bad_options(name):
+    with pytest.raises(BadParameter, match="option|number"):
+        examples(name, 1)
+
+
 def test_recall_may_ask_for_several_keys():
     one, several = (examples("recall", 3, keys=4, questions=questions) for questions in (1, 3))
     for alone, example in zip(one, several, strict=True):

@@ -9,6 +9,7 @@ infill      fill lines back into a function (for infillers: the prompt has a hol
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,14 +35,37 @@ __all__ = [
 def examples(name: str, count: int, *, seed: int = 0, split: str = "test", **options: object) -> list[Example]:
     """The first ``count`` examples of a workload, or of a JSONL file when ``name`` ends in ``.jsonl``.
 
+    A workload's name may carry options of its generator: ``recall:asked=3;length=3000``.
+
     Raises:
-        BadParameter: The workload is not known, or the split is neither ``"train"`` nor ``"test"``.
+        BadParameter: The workload or an option is not known, or the split is neither ``"train"`` nor ``"test"``.
         BadPrompt: The file is missing or malformed.
     """
     if name.endswith((".jsonl", ".json")) or Path(name).is_file():
         return list(itertools.islice(jsonl.read(name), count))
+    name, _, given = name.partition(":")
     if name not in WORKLOADS:
         raise BadParameter(f"no workload {name!r}: choose one of {', '.join(WORKLOADS)}, or name a .jsonl file")
+    options = _options(name, given) | options
     if split not in ("train", "test"):
         raise BadParameter(f"split={split!r}: choose 'train' or 'test'")
     return list(itertools.islice(WORKLOADS[name](seed, split, **options), count))
+
+
+def _options(name: str, given: str) -> dict[str, object]:
+    """Read ``key=number;key=number`` as options of a workload."""
+    known = [
+        key
+        for key, parameter in inspect.signature(WORKLOADS[name]).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    found: dict[str, object] = {}
+    for part in filter(None, given.split(";")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise BadParameter(f"{name}: no option {key!r}; options: {', '.join(known) or 'none'}")
+        try:
+            found[key] = float(value) if "." in value else int(value)
+        except ValueError:
+            raise BadParameter(f"{name}: {part} is not allowed; give {key} a number, such as {key}=3") from None
+    return found

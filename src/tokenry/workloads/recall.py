@@ -36,7 +36,14 @@ def _key(rng: random.Random) -> str:
 
 
 def generate(
-    seed: int, split: str, *, length: int = 5400, keys: int = 8, depth: float | None = None, questions: int = 1
+    seed: int,
+    split: str,
+    *,
+    length: int = 5400,
+    keys: int = 8,
+    depth: float | None = None,
+    asked: int = 0,
+    questions: int = 1,
 ) -> Iterator[Example]:
     """Yield contexts of about ``length`` characters in which ``keys`` constants are planted.
 
@@ -46,6 +53,8 @@ def generate(
         length: Length of the context in characters (about 3.3 a token for the bundled tokenizer).
         keys: Number of planted constants, one of which is asked for.
         depth: Share of the context that precedes the wanted constant; by default the depths take turns.
+        asked: How many times the wanted constant was asked for and answered before, evenly between where it stands and
+            the end: a cache policy that keeps what was looked at before has something to go by.
         questions: Constants asked for one after another, for training; the check reads the first answer.
     """
     rng = seeded("recall", seed, split)
@@ -64,8 +73,12 @@ def generate(
             blocks.append(block)
             size += len(block) + 2
         lines = "\n\n".join(blocks)[:length].split("\n")
-        for name, place in sorted(zip(names, places, strict=True), key=lambda pair: -pair[1]):
-            lines.insert(int(place * len(lines)), f'{name} = "{values[name]}"')
+        planted = [(place, f'{name} = "{values[name]}"') for name, place in zip(names, places, strict=True)]
+        for number in range(1, asked + 1):
+            place = wanted + (1 - wanted) * number / (asked + 1)
+            planted.append((place, f'\n# recall {names[0]}\n{names[0]} = "{values[names[0]]}"\n'))
+        for place, line in sorted(planted, key=lambda pair: -pair[0]):
+            lines.insert(int(place * len(lines)), line)
         prompt = "\n".join(lines) + f'\n\n# recall {names[0]}\n{names[0]} = "'
         answer = values[names[0]] + '"\n'
         for name in names[1:questions]:
