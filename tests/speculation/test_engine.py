@@ -257,6 +257,58 @@ def _law(model, ids, depth):
     return law
 
 
+class Early(Mixed):
+    """Trees that are drafted before the prompt was read."""
+
+    early = True
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mistral", "opt"])
+def test_a_draft_before_the_prompt_was_read_saves_its_pass(kind):
+    model, inputs = tiny.model(kind, torch.float64), tiny.prompts((8,))
+    truth = free_run(model, inputs)
+    wanted = run(model, inputs, **RECORDS)
+    late, early = (run(model, inputs, cls(), truth, **RECORDS) for cls in (Mixed, Early))
+    assert torch.equal(early.sequences, wanted.sequences)
+    assert early.stats.accepted > 0 and early.stats.forwards <= late.stats.forwards
+    for name in ("logits", "scores"):
+        assert torch.allclose(torch.stack(getattr(early, name)), torch.stack(getattr(wanted, name)), atol=1e-9)
+    # The first step reads the prompt, so no pass is without a verified token of its own.
+    assert early.stats.forwards == early.stats.steps and late.stats.forwards == late.stats.steps + 1
+    going_on = {"input_ids": torch.cat([early.sequences, inputs["input_ids"]], 1), "max_new_tokens": 6}
+    caches = [result.past_key_values for result in (early, wanted)]
+    texts = [model.generate(**going_on, past_key_values=cache, do_sample=False) for cache in caches]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 1}, {"do_sample": True}, {"repetition_penalty": 1.3}], ids=str)
+def test_early_drafts_under_other_options(options):
+    model, inputs = tiny.model(dtype=torch.float64), tiny.prompts((8,))
+    truth = free_run(model, inputs, **{name: value for name, value in options.items() if "penalty" in name})
+    found = []
+    for cls in (Mixed, Early):
+        resources = {"truth": truth, "never": tiny.VOCABULARY - 1}
+        given = {"max_new_tokens": 24, "do_sample": False} | options
+        seeded = Options(seed=5, resources=resources)
+        found.append(model.generate(**inputs, **given, custom_generate=cls(), tokenry_options=seeded))
+    assert torch.equal(*found)
+
+
+def test_an_end_token_in_the_first_run_of_an_early_draft():
+    model, inputs = tiny.model(dtype=torch.float64), tiny.prompts((8,))
+    truth = free_run(model, inputs)
+    for place in range(3):
+        end = {"eos_token_id": int(truth[0, 8 + place])}
+        assert torch.equal(run(model, inputs, Early(), truth, **end).sequences, run(model, inputs, **end).sequences)
+
+
+@pytest.mark.parametrize("lengths", [(8, 3), (1,)], ids=str)
+def test_batches_and_single_tokens_are_read_first(lengths):
+    model, inputs = tiny.model(dtype=torch.float64), tiny.prompts(lengths)
+    ours = run(model, inputs, Early(), free_run(model, inputs))
+    assert torch.equal(ours.sequences, run(model, inputs).sequences)
+
+
 def test_an_error_leaves_the_model_as_it_was():
     model = tiny.model()
     before = model.config._attn_implementation

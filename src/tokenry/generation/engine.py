@@ -50,6 +50,10 @@ class Decoder(Method, ABC):
     drafts: ClassVar[bool] = False
     """Whether it drafts several tokens a step, and so needs a policy's `compact_every` above 1."""
 
+    early: ClassVar[bool] = False
+    """Whether it can draft before the prompt was read, which saves the pass that reads it: its first verify step does
+    (one row, no policy)."""
+
     def start(self, session: Session) -> Any:
         """Make the state of one call, before the prefill."""
         return None
@@ -121,7 +125,7 @@ def run(decoder: Decoder, session: Session) -> None:
     """Run a decoder until every row is finished."""
     start = time.perf_counter()
     state = decoder.start(session)
-    session.prefill()
+    session.prefill(later=decoder.early)
     while session.running:
         session.accept(decoder.step(session, state))
     if session.device.type == "cuda":

@@ -34,7 +34,7 @@ class NativeSession(Session):
         own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
         self._prepares = own or model.is_remote_code()
 
-    def prefill(self) -> None:
+    def prefill(self, later: bool = False) -> None:
         super().prefill()
         if self._position_ids is not None:
             self._position_ids = self._position_ids[..., -1:]

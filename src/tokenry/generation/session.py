@@ -160,6 +160,8 @@ class Session:
         self._carry = self.active
         self._carry_all = True
         self._pending: Tensor | None = None
+        # What of the prompt the first verify step reads before its tree, `[1, n]`.
+        self._unread: Tensor | None = None
         self._branch = False
         self._aligned = 0
 
@@ -238,6 +240,8 @@ class Session:
             valid = real & self.active[:, None]
             valid[:, 0] = self._carry
         self._count_forward()
+        if self._unread is not None:
+            return self._verify_behind_prompt(self._unread, tokens, relation, depth)
         if auxiliary is not None:
             relation = auxiliary.relation(_causal(tokens) if relation is None else relation)
             depth = torch.cat(_alike(depth, auxiliary.depth), 1)
@@ -249,6 +253,23 @@ class Session:
             depth = torch.minimum(depth, (self.remaining[:, None] - 1).clamp(min=0))
         logits = self._forward(tokens, self._anchor_positions() + depth, auxiliary)
         return logits.to(torch.float32)
+
+    def _verify_behind_prompt(self, prompt: Tensor, tokens: Tensor, relation: Tensor | None, depth: Tensor) -> Tensor:
+        """The same where the prompt `[1, m]` before the anchor is still to be read."""
+        start = time.perf_counter()
+        length, n = prompt.shape[1], tokens.shape[1]
+        if relation is not None:
+            seen = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+            seen = torch.nn.functional.pad(seen, (0, n))[None]
+            relation = torch.cat([seen, torch.nn.functional.pad(relation, (length, 0), value=True)], 1)
+        self.cache.stage(None, relation, deferred=True)
+        before = torch.arange(length, device=self.device)[None]
+        options: dict[str, Any] = {"logits_to_keep": n} if keeps_logits(self.model) else {}
+        logits = self._forward(torch.cat([prompt, tokens], 1), torch.cat([before, length + depth], 1), **options)
+        logits = logits[:, -n:].to(torch.float32)
+        self.vocab = logits.shape[-1]
+        self.stats.prefill_seconds = time.perf_counter() - start
+        return logits
 
     def process(self, logits: Tensor, ahead: int = 0) -> Tensor:
         """Scores `[batch, vocab]` of logits `[batch, vocab]`: all processors of the call, in order, over each row's
@@ -315,9 +336,17 @@ class Session:
         return self.noise.uniform(self._rows[row], position, count, self._streams[row])
 
     # Loop ------------------------------------------------------------------------------------------
-    def prefill(self) -> None:
-        """Forward the prompt; its last logits are pending afterwards."""
+    def prefill(self, later: bool = False) -> None:
+        """Forward the prompt; its last logits are pending afterwards.
+
+        Args:
+            later: Leave a single prompt to the first verify step where that can read it: nothing is pending then.
+        """
         start = time.perf_counter()
+        if later and self._can_read_later():
+            self._unread = self.ids[:, : self.prompt_length - 1]
+            self.vocab = self._vocab_hint()
+            return
         ids = self.ids[:, : self.prompt_length]
         mask = self._mask
         past = self.cache.get_seq_length()
@@ -353,6 +382,13 @@ class Session:
             torch.cuda.synchronize(self.device)
         self.stats.prefill_seconds = time.perf_counter() - start
 
+    def _can_read_later(self) -> bool:
+        """Whether the first verify step can read the prompt: one row, no cache policy, and nobody who waits for it."""
+        whole = self.batch == 1 and self._mask is None and self.policy is None and self.cache.get_seq_length() == 0
+        waiting = self.on_prompt is not None or self.beside_prompt is not None or self.want_hidden
+        chunk = self.config.prefill_chunk_size or self.max_length
+        return whole and not waiting and 1 < self.prompt_length <= chunk and self._vocab_hint() > 0
+
     def accept(self, commit: Commit) -> None:
         """Commit a step: cut at stops, write ids and records, close the cache's block, stream, count."""
         tokens = commit.tokens
@@ -375,7 +411,12 @@ class Session:
         kept = torch.tensor(counts, device=self.device)
         if commit.path is not None:
             once = self._carry & ~self.active
-            self.cache.commit(commit.path, torch.where(once, 1, kept))
+            path, slots = commit.path, torch.where(once, 1, kept)
+            if self._unread is not None:
+                read = self._unread.shape[1]
+                before = torch.arange(read, device=self.device).expand(self.batch, -1)
+                path, slots, self._unread = torch.cat([before, path + read], 1), slots + read, None
+            self.cache.commit(path, slots)
         self.length = self.length + kept
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._carry, self._carry_all = self.active, all(self.alive)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class CopyDrafter(Drafter):
     Attributes:
         tokens: Most tokens drafted, or `"auto"`.
     """
+
+    early: ClassVar[bool] = True
 
     tokens: int | Literal["auto"] = "auto"
 
