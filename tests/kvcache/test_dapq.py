@@ -13,6 +13,13 @@ from tokenry.kvcache.dapq import pseudo_tokens
 from tokenry.models import TokenCache, attached
 
 
+class Unjudged(DapQ):
+    """Leaves it to the test to judge."""
+
+    def after(self, model, cache, input_ids):
+        pass
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ("llama", "gpt2", "gemma2"))
 def test_nothing_of_the_pseudo_tokens_stays(kind):
@@ -40,7 +47,7 @@ def test_scores_of_the_true_continuation_are_those_of_decoding():
     whole = model.generate(ids, do_sample=False, max_new_tokens=6)
     attentions = _eager(model, whole)
     for budget in (64, 18):
-        policy = DapQ(budget=budget, recent=4)
+        policy = Unjudged(budget=budget, recent=4)
         with attached(model):
             cache = TokenCache(model, policy)
             model(ids, past_key_values=cache)
@@ -155,11 +162,11 @@ def test_the_explicit_cache_judges_as_the_block_and_lets_go():
 def test_misuse_is_refused():
     model = tiny.model()
     ids = tiny.prompts((20,))["input_ids"]
-    with attached(model):
-        cache = TokenCache(model, DapQ(budget=16))
-        model(ids, past_key_values=cache)
-        with pytest.raises(CacheMisuse, match="pseudo queries have not run"):
-            model(ids[:, :1], past_key_values=cache)
+    cache = DapQ(budget=16).cache(model)
+    with pytest.raises(CacheMisuse, match="give input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+    with pytest.raises(CacheMisuse, match="could not judge the prompt"):
+        model(ids[:, :1], past_key_values=cache)
     with DapQ(budget=16)(model):
         with pytest.raises(CacheMisuse, match="give input_ids"):
             model(inputs_embeds=model.get_input_embeddings()(ids))

@@ -26,14 +26,28 @@ def test_a_folder_loads_as_it_was_saved(folder):
     assert again is model
 
 
-def test_a_folder_without_tokenizer_or_model_is_refused(tmp_path):
-    tiny.model().save_pretrained(tmp_path / "bare")
+@pytest.mark.parametrize("kind", tiny.SERVED)
+def test_a_folder_without_tokenizer_or_model_is_refused(tmp_path, kind):
+    # For some of them transformers makes up an empty tokenizer.
+    tiny.model(kind).save_pretrained(tmp_path / "bare")
     with pytest.raises(MissingTokenizer, match="save_pretrained"):
         load(tmp_path / "bare")
     with pytest.raises(ResourceError, match="no model in"):
         load(tmp_path / "nothing")
     with pytest.raises(ResourceError, match="no bundled model 'tokenry/none'"):
         load("tokenry/none")
+
+
+def test_a_loaded_model_without_a_folder_has_no_tokenizer():
+    with pytest.raises(MissingTokenizer, match="was not loaded from a folder"):
+        load(tiny.model())
+
+
+def test_the_home_folder_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load(f"~/{folder.name}")[0].config.vocab_size == tiny.VOCABULARY
+    with pytest.raises(ResourceError, match="no model in"):
+        load("~/nothing")
 
 
 def test_second_models_are_loaded_once(folder):

@@ -7,25 +7,29 @@ dapq       the prompt's tokens that queries at the coming positions attend to
 sinks      the first tokens and the newest (baseline)
 random     the newest tokens and a random sample of the others (baseline)
 snapkv     the newest tokens and those that the newest queries attend to (baseline)
+fastkv     likewise, and the later layers read the salient part of a prompt alone
 
 And which of them does a step attend to, where all stay?
 
 fasa       those that a few rotary frequency planes of each head select
+sentencekv those of the sentences whose mean keys the running sentence's queries ask for
 oracle     those that get the most attention (the ceiling)
 """
 
 from tokenry.kvcache.dapq import DapQ
 from tokenry.kvcache.engine import CachePolicy, RetrievalPolicy
 from tokenry.kvcache.fasa import FASA, FASAPlan
+from tokenry.kvcache.fastkv import FastKV
 from tokenry.kvcache.h2o import H2O
 from tokenry.kvcache.keyformer import Keyformer
 from tokenry.kvcache.oracle import Oracle
 from tokenry.kvcache.random import Random
+from tokenry.kvcache.sentencekv import SentenceKV
 from tokenry.kvcache.sinks import Sinks
 from tokenry.kvcache.snapkv import SnapKV
 from tokenry.kvcache.treekv import TreeKV
 
 __all__ = [
-    "FASA", "H2O", "CachePolicy", "DapQ", "FASAPlan", "Keyformer", "Oracle", "Random", "RetrievalPolicy", "Sinks",
-    "SnapKV", "TreeKV",
+    "FASA", "H2O", "CachePolicy", "DapQ", "FASAPlan", "FastKV", "Keyformer", "Oracle", "Random", "RetrievalPolicy",
+    "SentenceKV", "Sinks", "SnapKV", "TreeKV",
 ]  # fmt: skip

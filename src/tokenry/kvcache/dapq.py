@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from tokenry.errors import CacheMisuse
@@ -59,10 +55,7 @@ class DapQ(CachePolicy):
 
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
         if "unjudged" in layer.state and rows.count:
-            raise CacheMisuse(
-                f"{self} has not seen the end of the prompt's forward, so its pseudo queries have not run: run the "
-                "model inside `with policy(model):`, or make the cache with `policy.cache(model)`"
-            )
+            raise CacheMisuse(f"{self} could not judge the prompt of this cache: start a new one")
         if rows.count > 1 and layer.pending is None:
             # A mark for the prompt's end; it moves with the state.
             layer.state["unjudged"] = torch.zeros_like(layer.state["score"], dtype=torch.bool)
@@ -94,22 +87,13 @@ class DapQ(CachePolicy):
             layer.state.pop("unjudged", None)
             layer.evict(True)
 
-    def _prompt_end(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The hook behind each forward: a prompt that has just been read is judged."""
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, TokenCache) or cache.policy != self:
-            return
-        layer = _ruled(cache)[0]
-        # The model, the decoder below its head and the pseudo tokens' own forward all come by here.
-        if "unjudged" not in layer.state or layer.pending is not None:
-            return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
+    def after(self, model: PreTrainedModel, cache: TokenCache, input_ids: Tensor | None) -> None:
+        if input_ids is None:
             raise CacheMisuse(
                 f"{self} takes its pseudo tokens from the prompt's ids: give input_ids, not inputs_embeds"
             )
         count = self.pseudo
-        context = context_length(module)
+        context = context_length(model)
         if context is not None:
             count = min(count, context - int(cache.seen.max()))
         if count < 1:
@@ -117,40 +101,7 @@ class DapQ(CachePolicy):
                 f"the prompt fills the model's context of {context} tokens, which leaves {self} no position that could "
                 "be decoded at: shorten the prompt"
             )
-        self.judge(module, cache, pseudo_tokens(cache, ids, count))
-
-    def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> AbstractContextManager[PreTrainedModel]:
-        return self._judging(model, super().__call__(model, *args, **kwargs))
-
-    @contextlib.contextmanager
-    def _judging(
-        self, model: PreTrainedModel, block: AbstractContextManager[PreTrainedModel]
-    ) -> Iterator[PreTrainedModel]:
-        with block:
-            hooks = self._hooks(model)
-            try:
-                yield model
-            finally:
-                for hook in hooks:
-                    hook.remove()
-
-    def cache(self, model: PreTrainedModel) -> TokenCache:
-        cache = super().cache(model)
-        hooks, release = self._hooks(model), cache.on_release
-
-        def released() -> None:
-            for hook in hooks:
-                hook.remove()
-            if release is not None:
-                release()
-
-        cache.on_release = released
-        return cache
-
-    def _hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        # Behind the cache's own hooks on the same modules, which close the forward.
-        modules = dict.fromkeys((model, model.base_model))
-        return [module.register_forward_hook(self._prompt_end, with_kwargs=True) for module in modules]
+        self.judge(model, cache, pseudo_tokens(cache, input_ids, count))
 
 
 def _ruled(cache: TokenCache) -> list[TokenLayer]:

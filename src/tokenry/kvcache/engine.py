@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse
 from tokenry.methods import Method
-from tokenry.models import AttentionRows, Block, TokenCache, TokenLayer, attach, detach, policy_block
+from tokenry.models import AttentionRows, Block, Rows, TokenCache, TokenLayer, attach, detach, policy_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class BudgetedPolicy(Method):
 
     role: ClassVar[str] = "policy"
     needs_attention: ClassVar[bool] = False
+    # Whether it has a `passes` of its own.
+    skips: ClassVar[bool] = False
 
     budget: int | float = 256
 
@@ -70,6 +72,24 @@ class BudgetedPolicy(Method):
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
         """Take in the attention of the committed rows (only where ``needs_attention``)."""
 
+    def passes(self, layer: TokenLayer, rows: AttentionRows | None) -> Rows | None:
+        """The rows that the layers behind this one run for, asked behind the layer's attention before anything is
+        dropped; None: those that it ran for (only where ``skips``)."""
+        return None
+
+    def hand_on(self, layer: TokenLayer, rows: Rows, hidden: Tensor) -> Tensor:
+        """Hidden states of the rows that go on, ``[batch, rows, size]``, from the output of the layer."""
+        return rows.taken(hidden)
+
+    def after(self, model: PreTrainedModel, cache: TokenCache, input_ids: Tensor | None) -> None:
+        """Do what is to be done behind a forward of several tokens, a prompt, a chunk of it or a further turn.
+
+        Args:
+            model: The model, or the decoder below its head.
+            cache: The cache with the forward's tokens in it.
+            input_ids: ``[batch, new]``, padding included; None where the model was given embeddings.
+        """
+
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> AbstractContextManager[PreTrainedModel]:
         """The block in which every forward of ``model`` runs on a cache that this policy keeps.
 
@@ -87,8 +107,8 @@ class BudgetedPolicy(Method):
     def cache(self, model: PreTrainedModel) -> TokenCache:
         """A cache to pass as ``past_key_values``; the model stays switched for as long as the cache lives."""
         cache = TokenCache(model, self)  # type: ignore[arg-type]
-        attach(model)
-        cache.on_release = lambda: detach(model)
+        attach(model, self)  # type: ignore[arg-type]
+        cache.on_release = lambda: detach(model, self)  # type: ignore[arg-type]
         return cache
 
 

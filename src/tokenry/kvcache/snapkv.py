@@ -55,23 +55,38 @@ class SnapKV(CachePolicy):
             layer.state["mean"] = faded + rows.column_sums(fade**ages) * share
             return
         start = max(0, rows.count - self.window)
-        added = self._pooled(layer, rows.rows(start).sum(2) * share)
+        added = self._judged(layer, rows, start) * share
         if rows.valid is None:
             faded = layer.state["mean"] * (1 - (rows.count - start) / self.window)
         else:
             faded = layer.state["mean"] * (1 - rows.valid[:, start:].sum(-1) / self.window)[:, None, None]
         layer.state["mean"] = faded + added
 
+    def _judged(self, layer: TokenLayer, rows: AttentionRows, start: int) -> Tensor:
+        """What the queries from row ``start`` on give to each slot, ``[batch, kv_heads, slots]``, summed and pooled."""
+        return self._pooled(layer, rows.rows(start).sum(2))
+
     def _pooled(self, layer: TokenLayer, attention: Tensor) -> Tensor:
-        """``[batch, kv_heads, slots]`` pooled over neighbours; the window stays apart, as it is kept anyway."""
+        """``[batch, kv_heads, ..., slots]`` pooled over neighbours; the window stays apart, as it is kept anyway."""
         valid, positions = layer.slots.materialise(layer.cache.batch, layer.device)
         near = positions >= layer.cache.seen_after[:, None, None] - self.window
         # Neighbours in time: after tokens were dropped, slots may stand in any order.
-        order = positions.masked_fill(~valid, -1).argsort(dim=-1, stable=True).expand_as(attention)
+        order = positions.masked_fill(~valid, -1).argsort(dim=-1, stable=True)
+        if attention.ndim == 4:
+            near, order = near[:, :, None], order[:, :, None]
+        order = order.expand_as(attention)
         pool = F.avg_pool1d if self.pooling == "mean" else F.max_pool1d
         far = attention.masked_fill(near, 0).gather(-1, order)
-        far = pool(far, self.kernel, stride=1, padding=self.kernel // 2)
+        far = pool(far.flatten(1, -2), self.kernel, stride=1, padding=self.kernel // 2).view_as(attention)
         return torch.where(near, attention, torch.zeros_like(attention).scatter_(-1, order, far))
+
+    def keep(self, layer: TokenLayer) -> Tensor | None:
+        budget = int(self.budget)
+        if self.pooling == "mean" or layer.size <= budget:
+            return super().keep(layer)
+        # The largest of neighbours is the score of each: of equal ones the oldest stay, whatever stands beside them.
+        order = self._masked_score(layer).argsort(dim=-1, descending=True, stable=True)
+        return order[..., :budget].sort(-1).values
 
     def score(self, layer: TokenLayer) -> Tensor:
         return layer.state["mean"].masked_fill(age_first(layer, self.window), float("inf"))

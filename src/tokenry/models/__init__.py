@@ -11,11 +11,12 @@ from tokenry.models.attention import active_policy, attach, attached, detach, po
 from tokenry.models.cache import Policy, TokenCache, TokenLayer
 from tokenry.models.load import bundled, load, loaded_name, path, resource, trained_folder, weights_hash
 from tokenry.models.rotary import Rotary, planes
+from tokenry.models.rows import Rows
 from tokenry.models.slots import Block, Slots
 from tokenry.models.statistics import AttentionRows
 
 __all__ = [
-    "Anatomy", "AttentionRows", "Block", "Policy", "Rotary", "Slots", "TokenCache", "TokenLayer", "active_policy",
-    "anatomy", "attach", "attached", "bundled", "context_length", "detach", "load", "loaded_name", "path", "planes",
-    "policy_block", "resource", "trained_folder", "weights_hash",
+    "Anatomy", "AttentionRows", "Block", "Policy", "Rotary", "Rows", "Slots", "TokenCache", "TokenLayer",
+    "active_policy", "anatomy", "attach", "attached", "bundled", "context_length", "detach", "load", "loaded_name",
+    "path", "planes", "policy_block", "resource", "trained_folder", "weights_hash",
 ]  # fmt: skip

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.models import compat
 from tokenry.models.anatomy import check_decoder, check_plain
 from tokenry.models.cache import Policy, TokenCache, TokenLayer, current, set_current
+from tokenry.models.rows import guard
 from tokenry.models.statistics import AttentionRows
 
 
@@ -141,6 +143,9 @@ class _Attachment:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.count = 0
+        # Blocks whose policy does not pass all tokens on, and the hooks that they need.
+        self.skipping = 0
+        self.guards: list[RemovableHandle] = []
         self.settings = compat.settings(model)
         # The decoder below the head is called alone at times, and some heads call past it: both carry the hooks, and
         # whichever leaves first closes the forward.
@@ -149,7 +154,7 @@ class _Attachment:
             for module in dict.fromkeys((model, model.base_model))
             for hook in (
                 module.register_forward_pre_hook(_before, with_kwargs=True),
-                module.register_forward_hook(_after, always_call=True),
+                module.register_forward_hook(_after, with_kwargs=True, always_call=True),
             )
         ]
         for config, name in self.settings:
@@ -228,34 +233,41 @@ def _budgeted(active: _Activation, model: PreTrainedModel, given: Cache | None, 
     return cache
 
 
-def _after(module: torch.nn.Module, args: Any, output: Any) -> None:
+def _after(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = current()
     set_current(None)
     if cache is None:
         return
     if output is None:
         cache.abandon()
-    else:
-        cache.finish()
+        return
+    before = cache.total
+    cache.finish()
+    if cache.policy is not None and cache.total > before + 1:
+        cache.policy.after(module, cache, kwargs.get("input_ids", args[0] if args else None))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
+def attached(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[None]:
     """Run ``model`` on the one attention function inside the block; blocks may nest and run in several threads.
+
+    Args:
+        model: A decoder.
+        policy: The policy of the caches that it fills, if it has one.
 
     Raises:
         UnsupportedModel: The model is not a decoder that the cache serves, its code ignores the switch, or its
             outputs inside the block differ from those outside (tried once on four tokens, as a chain and as a tree).
     """
-    attach(model)
+    attach(model, policy)
     try:
         yield
     finally:
-        detach(model)
+        detach(model, policy)
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Enter what :func:`attached` leaves; every call needs a :func:`detach`."""
+def attach(model: PreTrainedModel, policy: Policy | None = None) -> None:
+    """Enter what :func:`attached` leaves; every call needs a :func:`detach` with the same policy."""
     check_plain(model)
     check_decoder(model)
     with _lock:
@@ -269,14 +281,28 @@ def attach(model: PreTrainedModel) -> None:
             _check(model)
             attachment = _attachments[model] = _Attachment(model)
         attachment.count += 1
+        if policy is not None and policy.skips:
+            attachment.skipping += 1
+            if attachment.skipping == 1:
+                try:
+                    attachment.guards = guard(model)
+                except UnsupportedModel:
+                    detach(model, policy)
+                    raise
 
 
-def detach(model: PreTrainedModel) -> None:
+def detach(model: PreTrainedModel, policy: Policy | None = None) -> None:
     """Leave what :func:`attach` entered; the last one to leave restores the model's own setting."""
     with _lock:
         attachment = _attachments.get(model)
         if attachment is None:  # the model went before a cache that held it switched
             return
+        if policy is not None and policy.skips:
+            attachment.skipping -= 1
+            if attachment.skipping == 0:
+                for hook in attachment.guards:
+                    hook.remove()
+                attachment.guards = []
         attachment.count -= 1
         if attachment.count == 0:
             _attachments.pop(model).undo()
@@ -291,7 +317,7 @@ def policy_block(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedM
     """
     if _policy.get() is not None:
         raise CacheMisuse("cache policies do not nest: leave the block of the first before entering another")
-    with attached(model):
+    with attached(model, policy):
         token = _policy.set(_Activation(model, policy))
         try:
             yield model

@@ -24,6 +24,7 @@ from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.models import compat
 from tokenry.models.anatomy import check_decoder, text_config, windows
 from tokenry.models.rotary import Rotary
+from tokenry.models.rows import Rows
 from tokenry.models.slots import Block, Slots, replaced
 from tokenry.models.statistics import AttentionRows
 
@@ -38,6 +39,8 @@ class Policy(Protocol):
     """Whether it drops tokens; a policy that does not chooses those that a step attends to."""
     needs_attention: ClassVar[bool]
     """Whether ``observe`` is to be called."""
+    skips: ClassVar[bool]
+    """Whether later layers may run for other tokens than a forward's own."""
 
     @property
     def compact_every(self) -> int:
@@ -58,6 +61,18 @@ class Policy(Protocol):
 
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
         """Take in the attention of the committed rows; all state is already ``[batch, heads, slots]``."""
+        ...
+
+    def passes(self, layer: TokenLayer, rows: AttentionRows | None) -> Rows | None:
+        """The rows that the layers behind this one run for; None: those that it ran for."""
+        ...
+
+    def hand_on(self, layer: TokenLayer, rows: Rows, hidden: Tensor) -> Tensor:
+        """Hidden states of the rows that go on, ``[batch, rows, size]``, from a layer's output."""
+        ...
+
+    def after(self, model: PreTrainedModel, cache: TokenCache, input_ids: Tensor | None) -> None:
+        """A forward of several tokens has ended and is accounted for."""
         ...
 
 
@@ -117,6 +132,7 @@ class _Window:
     drops: ClassVar[bool] = True
     ordered: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = False
+    skips: ClassVar[bool] = False
     rolling = False
     compact_every = 1
     spare = _GROWTH // 2
@@ -143,6 +159,13 @@ class _Window:
 
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None: ...
 
+    def passes(self, layer: TokenLayer, rows: AttentionRows | None) -> Rows | None: ...
+
+    def hand_on(self, layer: TokenLayer, rows: Rows, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def after(self, model: PreTrainedModel, cache: TokenCache, input_ids: Tensor | None) -> None: ...
+
     def keep(self, layer: TokenLayer) -> Tensor | None:
         if layer.size < self.budget + _GROWTH:
             return None
@@ -161,6 +184,8 @@ class TokenLayer(CacheLayerMixin):
         state: What the policy keeps for each slot, ``[batch, kv_heads, slots]`` by name.
         reads: Slots that the rows of decode steps attended to, counted for each row and head, and those they could
             have attended to; kept where the policy retrieves.
+        ran: Tokens of each row that ran through the layer, padding included.
+        products: Pairs of a query and a key that its attention multiplied, for each row and head.
         evicted: Whether a slot was ever dropped.
         scaling: Factor of the layer's attention logits, known once it ran.
     """
@@ -176,6 +201,7 @@ class TokenLayer(CacheLayerMixin):
         self.slots = cache.slots if not self._drops else Slots()
         self.state: dict[str, Tensor] = {}
         self.reads = [0, 0]
+        self.ran = self.products = 0
         self.scaling = 1.0
         # Beside the keys and values, in buffers that grow with theirs.
         self._index: dict[str, Tensor] = {}
@@ -353,6 +379,8 @@ class TokenLayer(CacheLayerMixin):
 
     def attended(self, block: Block, rows: AttentionRows | None) -> None:
         """After the layer's attention: hand the statistics to the policy, or keep them until the commit."""
+        self.ran += block.new
+        self.products += block.new * self.size
         policy = self.policy
         if policy is None:
             return
@@ -360,22 +388,19 @@ class TokenLayer(CacheLayerMixin):
             self.pending = rows.kept() if rows is not None and policy.needs_attention else None
             return
         if policy.drops:
-            self._take(block.new, block.valid, self._new_positions(block))
+            self._take(block.new, block.valid, self._new_positions(block), block.apart)
         if policy.needs_attention and rows is not None:
             policy.observe(self, rows)
+        if policy.skips:
+            self.cache.next_rows = policy.passes(self, rows)
         if policy.drops:
             self.evict(block.new > 1)
 
-    def _take(self, count: int, valid: Tensor | None, positions: Tensor) -> None:
+    def _take(self, count: int, valid: Tensor | None, positions: Tensor, apart: bool = False) -> None:
         assert self._keys is not None
         batch, heads = self._keys.shape[:2]
-        self.slots.append(
-            count,
-            valid,
-            positions if self.slots.positions is not None or valid is not None else None,
-            batch,
-            self.device,
-        )
+        told = apart or self.slots.positions is not None or valid is not None
+        self.slots.append(count, valid, positions if told else None, batch, self.device)
         for name, new in self._evicting.fresh(positions, heads).items():
             self.state[name] = torch.cat([self.state[name], new], -1) if name in self.state else new
 
@@ -540,6 +565,7 @@ class TokenLayer(CacheLayerMixin):
     def reset(self) -> None:
         self._size, self._keys, self._values, self.state, self.evicted = 0, None, None, {}, False
         self._index, self._budgets, self.reads = {}, None, [0, 0]
+        self.ran = self.products = 0
         self.is_initialized = False
         self.slots = Slots() if self._drops else self.cache.slots
 
@@ -603,6 +629,9 @@ class TokenCache(Cache):
         self._ragged = False
         self._staged: tuple[Tensor | None, Tensor | None, bool] | None = None
         self._block: Block | None = None
+        # Within a forward whose policy does not pass on all tokens: the rows that run, and those of the next layer.
+        self.rows: Rows | None = None
+        self.next_rows: Rows | None = None
         self.config = config = text_config(model)
         spans = windows(config, config.num_hidden_layers)
         if policy is not None and None not in spans:
@@ -699,6 +728,11 @@ class TokenCache(Cache):
         """Share of the slots that decode steps attended to, over the layers where a policy retrieves; 1 before."""
         read, held = (sum(layer.reads[part] for layer in self.layers) for part in (0, 1))
         return read / held if held else 1.0
+
+    def computed_share(self) -> float:
+        """Share of the pairs of a token and a layer that ran, padding included; 1 before."""
+        fed = self.layers[0].ran
+        return sum(layer.ran for layer in self.layers) / (len(self.layers) * fed) if fed else 1.0
 
     def fork(self) -> TokenCache:
         """An independent copy, policy state included."""
@@ -892,6 +926,13 @@ class TokenCache(Cache):
     # The forward, driven by the attention function -------------------------------------------------------------------
     def block(self, new: int, mask: Tensor | None, device: torch.device) -> Block:
         """The block of the forward that is under way; its first layer opens it."""
+        if self.next_rows is not None or (self.rows is not None and self.rows.block.new != new):
+            raise CacheMisuse(
+                f"{self.policy} passes on {(self.next_rows or self.rows).block.new} tokens, and a layer ran for {new}: "  # type: ignore[union-attr]
+                "run the model inside `with policy(model):`, or make the cache with `policy.cache(model)`"
+            )
+        if self.rows is not None:
+            return self.rows.block
         if self._block is not None:
             return self._block
         if self._staged is not None:
@@ -935,6 +976,11 @@ class TokenCache(Cache):
         assert self.slots.valid is not None
         self._seen, self._lead = self.slots.valid[:, 0].sum(-1), self.slots.valid[:, 0].int().argmax(-1)
 
+    @property
+    def new(self) -> int:
+        """Columns of the forward that is under way."""
+        return 0 if self._block is None else self._block.new
+
     def ready(self) -> None:
         """Refuse a forward while a block is open."""
         if self._block is not None:
@@ -942,6 +988,7 @@ class TokenCache(Cache):
 
     def finish(self) -> None:
         """After a forward: account for its tokens, unless they wait for a commit."""
+        self.rows = self.next_rows = None
         block = self._block
         if block is None or block.deferred:
             return
@@ -957,7 +1004,7 @@ class TokenCache(Cache):
 
     def abandon(self) -> None:
         """After a forward that failed: forget its block; the cache itself is not fit for further use."""
-        self._block = self._staged = None
+        self._block = self._staged = self.rows = self.next_rows = None
 
     # transformers' interface -----------------------------------------------------------------------------------------
     def update(

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tokenry.errors import MissingTokenizer, ResourceError
 
 _BUNDLED = Path(__file__).parent / "bundled"
+# One of them lies in every folder with a tokenizer; without, transformers makes up an empty one for some models.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
 
 
 def bundled() -> list[str]:
@@ -36,7 +38,7 @@ def path(name: str) -> Path:
 
 def _locate(name: str | Path) -> str:
     """Bundled names win over hub ids; anything else is left to transformers."""
-    name = str(name)
+    name = os.path.expanduser(name)
     return str(path(name)) if name.startswith("tokenry/") else name
 
 
@@ -65,9 +67,14 @@ def load(
         MissingTokenizer: The model comes without a tokenizer.
     """
     if isinstance(name, PreTrainedModel):
+        if not name.name_or_path:
+            raise MissingTokenizer(
+                f"this {type(name).__name__} was not loaded from a folder, so its tokenizer is not known: hand over "
+                "the tokenizer beside the model where one is asked for, or load both by the folder's name"
+            )
         return name, _tokenizer(str(name.name_or_path), revision, trust_remote_code)
     where = _locate(name)
-    if where.startswith((".", "/", "~")) and not (Path(where).expanduser() / "config.json").is_file():
+    if where.startswith((".", "/")) and not (Path(where) / "config.json").is_file():
         raise ResourceError(f"no model in {where!r}: the folder has no config.json")
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     # The tokenizer first: a folder without one is refused before its weights are read.
@@ -83,6 +90,11 @@ def load(
 
 
 def _tokenizer(where: str, revision: str | None, trust_remote_code: bool) -> Any:
+    folder = Path(where)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise MissingTokenizer(
+            f"{where!r} has no tokenizer: save one into the folder with tokenizer.save_pretrained(folder)"
+        )
     try:
         return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

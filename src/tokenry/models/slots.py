@@ -111,6 +111,7 @@ class Block:
         self.relation = relation
         self.deferred = deferred
         self.positions: Tensor | None = None
+        self.apart = False  # whether tokens stand between them that are not among them
         self.places: Tensor | None = None  # the positions as a tensor in any case, once a layer asked for them
         self.masks: dict[int | None, tuple[Tensor | None, bool]] = {}
 
@@ -127,7 +128,7 @@ class Block:
         """The mask over ``slots`` and the new tokens, ``[1 or batch, 1 or heads, new, slots + new]`` or None where
         nothing is hidden, and whether plain causal order does."""
         plain = slots.valid is None and self.valid is None and self.relation is None
-        near = window is None or (slots.positions is None and slots.size + self.new <= window)
+        near = window is None or (slots.positions is None and not self.apart and slots.size + self.new <= window)
         if plain and near and (self.new == 1 or slots.size == 0):
             return None, self.new > 1
         among = self.among(device)[:, None]
