@@ -116,6 +116,9 @@ def test_bad_input(model, tokenizer):
         generate(model, tokenizer, ["a", "b"], stream=print)
     with pytest.raises(BadParameter, match="stop_strings"):
         generate(model, None, [4, 5], stop_strings="x")
+    for empty in ("", ["x", ""]):
+        with pytest.raises(BadParameter, match="empty string"):
+            generate(model, tokenizer, [4, 5], stop_strings=empty)
     with pytest.raises(MethodNotFound, match="did you mean plain"):
         generate(model, tokenizer, "a", method="plane")
 

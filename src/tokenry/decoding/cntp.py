@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class CNTP(Decoder):
 
     Cautious Next Token Prediction, arXiv 2507.03038, algorithm 1 with the constants of the authors' runs. Entropy and
     perplexity are taken on the distribution after temperature, top-p and all other processors. Each trial runs to the
-    first punctuation token or stop. Rows of a batch hesitate independently.
+    first punctuation token or stop. Rows of a batch hesitate independently. It chooses among samples:
+    ``tokenry.generate`` samples unless ``do_sample`` is given, and a greedy call decodes plainly.
 
     Args:
         entropy_low: Entropy in nats up to which one token is sampled as usual.
@@ -40,6 +41,8 @@ class CNTP(Decoder):
             authors' code, which misses merged and word-initial forms.
     """
 
+    sampled: ClassVar[bool] = True
+
     entropy_low: float = 0.01
     entropy_high: float = 1.5
     min_trials: int = 1
@@ -52,6 +55,8 @@ class CNTP(Decoder):
         self.check("entropy_high", "above entropy_low", self.entropy_high > self.entropy_low)
         self.check("min_trials", "at least 1", self.min_trials >= 1)
         self.check("max_trials", "at least min_trials", self.max_trials >= self.min_trials)
+        known = isinstance(self.punctuation, str) or all(token >= 0 for token in self.punctuation)
+        self.check("punctuation", "surface, released, or ids of at least 0", known)
 
     def trials(self, entropy: Tensor) -> Tensor:
         """Number of trials at each entropy in nats."""

@@ -34,7 +34,6 @@ DEFAULT_METHODS = ("plain", "prompt-lookup", "token-recycling", "sinks:budget=25
 PAIRS = 7
 """Fewest interleaved pairs that a statement on speed rests on."""
 
-_SAMPLING = frozenset({"cntp"})  # methods that choose among sampled continuations: greedily they do nothing
 _SEEDS = {"arithmetic": 3}  # sampled runs of each prompt; one elsewhere
 
 Advance = Callable[..., None]
@@ -168,7 +167,7 @@ def compare(
 def samples(method: Method | Combination) -> bool:
     """Whether a method chooses among sampled continuations, so that it is measured sampled."""
     part = method.decoder if isinstance(method, Combination) else method
-    return part.slug in _SAMPLING
+    return bool(getattr(part, "sampled", False))
 
 
 def lossless(method: Method | Combination) -> bool:

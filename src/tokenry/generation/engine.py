@@ -50,6 +50,9 @@ class Decoder(Method, ABC):
     drafts: ClassVar[bool] = False
     """Whether it drafts several tokens a step, and so needs a policy's `compact_every` above 1."""
 
+    sampled: ClassVar[bool] = False
+    """Whether it chooses among sampled continuations, so that it is sampled where nobody says otherwise."""
+
     early: ClassVar[bool] = False
     """Whether it can draft before the prompt was read, which saves the pass that reads it: its first verify step does
     (one row, no policy)."""

@@ -71,7 +71,11 @@ def generate(
     ids, mask = _padded(rows, tokenizer, model)
     options = dict(generate_options)
     _check_length(model, ids.shape[1], options)
-    stops = options.pop("stop_strings", None) or getattr(options.get("generation_config"), "stop_strings", None)
+    if decoder.sampled and "generation_config" not in options:
+        options.setdefault("do_sample", True)
+    stops = options.pop("stop_strings", None)
+    if stops is None:
+        stops = getattr(options.get("generation_config"), "stop_strings", None)
     if stops is None:
         stops = model.generation_config.stop_strings
     if stops is not None:
@@ -200,6 +204,8 @@ def _take_stops(tokenizer: Any, stops: str | list[str], options: dict[str, Any])
     # transformers makes this criterion itself, but has no tokenizer for it when a decoder is passed.
     if tokenizer is None:
         raise BadParameter("stop_strings need a tokenizer; pass the model's")
+    if not all([stops] if isinstance(stops, str) else stops):
+        raise BadParameter("stop_strings holds an empty string, which every text ends with; leave it out")
     given = options.get("stopping_criteria") or []
     options["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, stops)])
     options["stop_strings"] = None
