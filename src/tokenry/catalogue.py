@@ -5,7 +5,7 @@ whose method is not available yet; it stands here so that what is missing is alw
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 FAMILIES = {
     "generation": "the plain loop",
@@ -60,6 +60,65 @@ class Row:
     def available(self) -> bool:
         """Whether the method can be used."""
         return self.target is not None
+
+
+WAYS = {
+    "one-by-one": "one token a call of the model",
+    "draft-and-verify": "tokens are drafted, one call checks them all",
+    "multiple-token-prediction": "one call predicts several tokens",
+    "masked": "masked places are predicted at once, some are kept, until none is left",
+    "several-texts": "several texts for each prompt",
+    "choice": "one token a call, chosen otherwise",
+    "model-size": "a smaller model writes most tokens",
+    "depth": "fewer layers for most tokens",
+    "memory": "fewer cached tokens",
+    "control": "the floor or the ceiling that others are compared with",
+}
+"""How a method's tokens come: of the families of parallel generation in arXiv 2508.08712 those that have a method here
+(decomposition-and-fill, one-shot and edit-based have none), and their neighbours, which save something else."""
+
+EXACTNESS = {
+    "distribution": "greedy output and sampled distribution are those of plain decoding",
+    "greedy": "greedy output is that of plain decoding",
+    "approximate": "the output is another one",
+    "other": "the model is of another class, so that there is no plain output to compare with",
+}
+
+TRAINING = {
+    "none": "nothing is trained",
+    "table": "a table is counted, no weights are trained",
+    "heads": "weights beside the model are trained, its own stay",
+    "fine-tuning": "the model, or a copy of it, is fine-tuned",
+    "pre-training": "a model is trained for it from scratch",
+}
+
+CACHE = {
+    "append": "grows by each token",
+    "crop": "grows by each draft, and is cut back",
+    "tree": "holds the branches of a draft until one is kept",
+    "branch": "is copied for several texts",
+    "partial": "lacks tokens in some layers or in one of two models",
+    "budget": "holds only some tokens",
+    "none": "is not used",
+}
+"""What a method asks of the key-value cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """Where a way to generate stands in the taxonomy of parallel generation (arXiv 2508.08712) and its neighbours.
+
+    `way`, `exactness`, `training` and `cache` are keys of `WAYS`, `EXACTNESS`, `TRAINING` and `CACHE`. `second_model`
+    tells whether a model runs beside, `batches` whether several prompts run together, `samples` whether it can sample.
+    """
+
+    way: str
+    exactness: Literal["distribution", "greedy", "approximate", "other"]
+    training: Literal["none", "table", "heads", "fine-tuning", "pre-training"] = "none"
+    second_model: bool = False
+    batches: bool = True
+    samples: bool = True
+    cache: str = "append"
 
 
 # fmt: off
@@ -227,7 +286,7 @@ ROWS: tuple[Row, ...] = (
         Paper("FASA: Frequency-aware Sparse Attention", "2602.03152", 2026, "AMAP-ML/FASA-ICLR2026"),
         ("calibration",), "a cheap score a step; the whole cache stays",
         "Attend to the tokens that a few rotary frequency planes of each head select."),
-    Row("fastkv", "kvcache", None,
+    Row("fastkv", "kvcache", "tokenry.kvcache.fastkv:FastKV",
         Paper("FastKV: Decoupling of Context Reduction and KV Cache Compression for Prefill-Decoding "
               "Acceleration", "2502.01068", 2025, "dongwonjo/FastKV"),
         ("training-free",), "half the layers see a short prompt",
@@ -255,7 +314,7 @@ ROWS: tuple[Row, ...] = (
         Paper("LazyLLM: Dynamic Token Pruning for Efficient Long Context LLM Inference", "2407.14057", 2024),
         ("training-free",), "less prefill; hidden states kept for revival",
         "Compute a prompt token in a layer only when the next token needs it."),
-    Row("sentencekv", "kvcache", None,
+    Row("sentencekv", "kvcache", "tokenry.kvcache.sentencekv:SentenceKV",
         Paper("SentenceKV: Efficient LLM Inference via Sentence-Level Semantic KV Caching",
               "2504.00970", 2025, "zzbright1998/SentenceKV"),
         ("training-free",), "one score a sentence; the whole cache stays",
@@ -510,3 +569,51 @@ TRAINERS: dict[str, str] = {
 
 BY_SLUG: dict[str, Row] = {row.slug: row for row in ROWS}
 BY_TARGET: dict[str, Row] = {row.target: row for row in ROWS if row.target}
+
+_DRAFTS, _KEEPS = ("draft-and-verify", "distribution"), ("memory", "approximate")
+
+
+def _traits(way: tuple[str, Any], cache: str, **others: Any) -> Traits:
+    return Traits(way=way[0], exactness=way[1], cache=cache, **others)
+
+
+TRAITS: dict[str, Traits] = {
+    "plain": Traits(way="one-by-one", exactness="distribution"),
+    "transformers": Traits(way="one-by-one", exactness="distribution"),
+    "prompt-lookup": _traits(_DRAFTS, "crop"),
+    "suffix": _traits(_DRAFTS, "crop"),
+    "token-recycling": _traits(_DRAFTS, "tree"),
+    "goose": _traits(_DRAFTS, "tree"),
+    "draft-model": _traits(_DRAFTS, "crop", second_model=True),
+    "draft-tree": _traits(_DRAFTS, "tree", second_model=True),
+    "dyspec": _traits(_DRAFTS, "tree", second_model=True),
+    "hamburger:lossless=true": _traits(_DRAFTS, "crop", training="fine-tuning", second_model=True),
+    "transformers-prompt-lookup": _traits(_DRAFTS, "crop", batches=False),
+    "transformers-assisted": _traits(_DRAFTS, "crop", second_model=True, batches=False),
+    "gated-lora-mtp": _traits(("multiple-token-prediction", "distribution"), "crop", training="heads"),
+    "future-token-prediction": _traits(("multiple-token-prediction", "distribution"), "crop", training="heads"),
+    "hamburger": _traits(("multiple-token-prediction", "approximate"), "append", training="fine-tuning"),
+    "any-subset-speculative-decoding": _traits(("masked", "other"), "none", training="pre-training"),
+    "cntp": _traits(("choice", "approximate"), "branch"),
+    "exact-byte-probabilities": _traits(("choice", "approximate"), "branch"),
+    "in-context-navigation": _traits(("several-texts", "approximate"), "branch"),
+    "superposed-decoding": _traits(("several-texts", "approximate"), "append", training="table", samples=False),
+    "r2r": _traits(("model-size", "approximate"), "partial", training="heads", second_model=True),
+    "skipdecode": _traits(("depth", "approximate"), "partial", training="fine-tuning"),
+    "dapq": _traits(_KEEPS, "budget"),
+    "fasa": _traits(_KEEPS, "append"),
+    "fastkv": _traits(_KEEPS, "budget"),
+    "h2o": _traits(_KEEPS, "budget"),
+    "icecache": _traits(_KEEPS, "append"),
+    "keyformer": _traits(_KEEPS, "budget"),
+    "kv-prediction": _traits(_KEEPS, "append", training="heads", second_model=True),
+    "lazyllm": _traits(_KEEPS, "partial"),
+    "sentencekv": _traits(_KEEPS, "append"),
+    "sinks": _traits(_KEEPS, "budget"),
+    "snapkv": _traits(_KEEPS, "budget"),
+    "spatten": _traits(_KEEPS, "budget"),
+    "treekv": _traits(_KEEPS, "budget"),
+    "random": _traits(("control", "approximate"), "budget"),
+    "oracle": _traits(("control", "approximate"), "append"),
+}
+"""The taxonomy by text form; a form with a parameter is another way of the same method. What trains is not in it."""

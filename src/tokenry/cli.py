@@ -191,6 +191,111 @@ def compare(
     return INTERRUPTED if result.partial else OK
 
 
+# --- choose -------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "tokenry choose --model ./my-model --prompts my.jsonl --no-weights --no-distribution --no-second-model\n\n"
+    "tokenry choose --workload code,edit --second-model --json choice.json"
+)
+def choose(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME", help="Bundled name, folder (./x) or hub id; or tokenry/code."),
+    ] = None,
+    prompts: Prompts = None,
+    workload: Workloads = None,
+    weights: Annotated[
+        bool | None, typer.Option("--weights/--no-weights", help="Whether weights may be trained.")
+    ] = None,
+    distribution: Annotated[
+        bool | None, typer.Option("--distribution/--no-distribution", help="Whether the output may be another one.")
+    ] = None,
+    second_model: Annotated[
+        bool | None, typer.Option("--second-model/--no-second-model", help="Whether a model may run beside.")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The second model; by default each method's own.")
+    ] = None,
+    goal: Annotated[str, typer.Option(metavar="GOAL", help="speed, memory or quality.")] = "speed",
+    loss: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Score that may be lost where the output may change.")
+    ] = 0.0,
+    budget: Annotated[
+        float, typer.Option(min=0.0, help="What cache policies keep: slots, or below 1 a share of the prompt.")
+    ] = 0.5,
+    methods: Annotated[
+        list[str] | None, typer.Option("--methods", metavar="LIST", help="More methods to measure, by text form.")
+    ] = None,
+    max_new_tokens: NewTokens = None,
+    repeats: Repeats = 7,
+    limit: Limit = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 1,
+    tail: Annotated[int | None, typer.Option(min=1, help="Keep the last so many tokens of each prompt.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it everything is sampled.")] = 0.0,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json_path: Json = None,
+    quiet: Quiet = False,
+) -> int:
+    """Find the method for a model and its text: measure what may be used, recommend one with the figures.
+
+    What is not given is asked for on a terminal; elsewhere nothing may change.
+    """
+    from tokenry.evaluation import Allowed
+    from tokenry.evaluation import choose as run
+
+    _check_output("--json", json_path)
+    asking = sys.stdin.isatty() and sys.stdout.isatty()
+    if asking and model is None:
+        model = typer.prompt("Model", default="tokenry/code")
+    if asking and prompts is None and not workload:
+        given = typer.prompt("Prompts (a JSONL file) or workloads", default="code,recall,arithmetic,edit")
+        prompts, workload = (Path(given), None) if given.endswith((".json", ".jsonl")) else (None, [given])
+    second_model = True if second_model is None and draft else second_model
+    may = {
+        "Weights may be trained?": weights,
+        "The output may be another one than plain decoding's?": distribution,
+        "A second model may run beside?": second_model,
+    }
+    answers = [
+        typer.confirm(text, default=False) if asking and given is None else bool(given) for text, given in may.items()
+    ]
+    allowed = Allowed(
+        weights=answers[0],
+        distribution=answers[1],
+        second_model=answers[2],
+        sampled=temperature > 0,
+        batch_size=batch_size,
+    )
+    if draft and not allowed.second_model:
+        raise BadParameter("--draft and --no-second-model exclude each other; leave one out")
+    loaded, tokenizer = _load(model or "tokenry/code", dtype, device)
+    result = run(
+        loaded,
+        tokenizer,
+        prompts,
+        workloads=_split(workload) or None,
+        allowed=allowed,
+        goal=goal,  # type: ignore[arg-type]
+        loss=loss,
+        draft=draft,
+        budget=budget,
+        methods=_methods(methods),
+        max_new_tokens=max_new_tokens,
+        limit=limit or 14,
+        repeats=repeats,
+        temperature=temperature or 1.0,
+        tail=tail,
+        seed=seed,
+        progress=not quiet,
+    )
+    _show(result, result.to_json(), json_path)
+    return INTERRUPTED if result.partial else OK
+
+
 # --- generate -----------------------------------------------------------------------------------
 
 
@@ -426,6 +531,60 @@ def bench_speculation(
     return FAILED if result.broken else OK
 
 
+@bench_app.command(
+    "decoding",
+    epilog="Examples:\n\ntokenry bench decoding --json runs/decoding.json\n\n"
+    "tokenry bench decoding --part cntp --part r2r --limit 50 --seeds 5",
+)
+def bench_decoding(
+    model: Model = "tokenry/code",
+    part: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="cntp, r2r, skipdecode, superposed, navigation or bytes; by default all."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts (or lines of code) of each seed.")] = 20,
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds; 5 are the fewest to claim an ordering from.")] = 5,
+    small: Annotated[
+        str, typer.Option(metavar="NAME", help="R2R's small model, of the same tokenizer.")
+    ] = "tokenry/code-draft",
+    tuned: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="What `tokenry train skipdecode` wrote; by default where it writes."),
+    ] = None,
+    tuned_early: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The same with --exit early: the baseline.")
+    ] = None,
+    partner: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A model with another tokenizer, for the ensemble of bytes.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 16,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_path: Json = None,
+    quiet: Quiet = False,
+) -> int:
+    """Measure the decoders against the orderings that their papers promise, over several seeds with costs."""
+    from tokenry.evaluation import bench_decoding as run
+
+    _check_output("--json", json_path)
+    loaded, tokenizer = _load(model, dtype, device)
+    result = run(
+        loaded,
+        tokenizer,
+        parts=_split(part) or None,
+        limit=limit,
+        seeds=seeds,
+        small=small,
+        tuned=tuned,
+        tuned_early=tuned_early,
+        partner=partner,
+        batch_size=batch_size,
+        progress=not quiet,
+    )
+    _show(result, result.to_json(), json_path)
+    return INTERRUPTED if result.partial else OK
+
+
 # --- results ------------------------------------------------------------------------------------
 
 
@@ -652,12 +811,12 @@ def _print_json(data: Any) -> None:
 
 
 def _prepared(arguments: list[str]) -> tuple[list[str], bool]:
-    """Take --debug out, wherever it stands, and give compare's and bench's --json without a value its `-`."""
+    """Take --debug out, wherever it stands, and give a --json without a value its `-` where it takes one."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     head = [argument for argument in arguments[:end] if argument != "--debug"]
     command = next((argument for argument in head if not argument.startswith("-")), "")
-    if command in ("compare", "bench"):
+    if command in ("compare", "choose", "bench"):
         for index in reversed(range(len(head))):
             following = head[index + 1] if index + 1 < len(head) else "--"
             if head[index] == "--json" and following.startswith("-") and following != "-":

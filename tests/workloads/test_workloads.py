@@ -57,7 +57,7 @@ def test_recall_may_have_been_asked_before():
 
 @pytest.mark.parametrize("name", ["recall:asked=much", "recall:asked", "recall:ask=3", "code:asked=3"])
 def test_bad_options(name):
-    with pytest.raises(BadParameter, match="option|number"):
+    with pytest.raises(BadParameter, match=r"option|number"):
         examples(name, 1)
 
 

@@ -7,6 +7,8 @@ peers        other libraries' methods, measured in the same run
 results      what compare gives back; tables and report show it
 bench        figures of a model
 speculation  drafters task by task
+decoding     the decoders against the orderings that their papers promise
+choose       which method for a model and text: candidates by the taxonomy, measured, one recommended
 checks       what should hold between methods, and whether it did
 claims       what the papers claim, on what, and why it can differ here
 pages        docs/results: one page a family, from the JSON of compare and bench
@@ -14,7 +16,9 @@ pages        docs/results: one page a family, from the JSON of compare and bench
 
 from .bench import ModelFigures, bench_model
 from .checks import Check
+from .choose import GOALS, Allowed, Choice, choose
 from .comparison import DEFAULT_METHODS, compare, samples
+from .decoding import DecodingBench, bench_decoding
 from .metrics import (
     Agreement,
     Lossless,
@@ -31,8 +35,9 @@ from .running import Setting
 from .speculation import SpeculationBench, bench_speculation
 
 __all__ = [
-    "DEFAULT_METHODS", "Agreement", "Check", "Comparison", "Lossless", "ModelFigures", "Peer", "Row", "Sample",
-    "Setting", "SpeculationBench", "Spread", "TransformersAssisted", "TransformersGenerate",
-    "TransformersPromptLookup", "agreement", "bench_model", "bench_speculation", "bits_per_byte", "check_lossless",
-    "compare", "compressed_bits_per_byte", "family_pages", "samples", "write_pages",
+    "DEFAULT_METHODS", "GOALS", "Agreement", "Allowed", "Check", "Choice", "Comparison", "DecodingBench", "Lossless",
+    "ModelFigures", "Peer", "Row", "Sample", "Setting", "SpeculationBench", "Spread", "TransformersAssisted",
+    "TransformersGenerate", "TransformersPromptLookup", "agreement", "bench_decoding", "bench_model",
+    "bench_speculation", "bits_per_byte", "check_lossless", "choose", "compare", "compressed_bits_per_byte",
+    "family_pages", "samples", "write_pages",
 ]  # fmt: skip
