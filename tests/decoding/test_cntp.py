@@ -14,7 +14,7 @@ from tests import tiny
 from tokenry.decoding import CNTP
 from tokenry.decoding.cntp import _precision, punctuation_ids
 from tokenry.errors import BadParameter, ResourceError
-from tokenry.generation import Session, Source
+from tokenry.generation import Session, Source, engine
 from tokenry.generation.engine import Options
 from tokenry.kvcache import H2O
 from tokenry.sampling import Noise
@@ -33,6 +33,26 @@ def test_bad_parameters_are_refused():
         CNTP(max_trials=0)
     with pytest.raises(BadParameter, match="entropy_high"):
         CNTP(entropy_low=2.0)
+    with pytest.raises(BadParameter, match="punctuation"):
+        CNTP(punctuation=(4, -1))
+    for ids in ((tiny.VOCABULARY,), (4, 10**6)):
+        with pytest.raises(BadParameter, match=f"punctuation.* below {tiny.VOCABULARY}"):
+            tiny.model().generate(
+                **tiny.prompts((5,)), custom_generate=CNTP(punctuation=ids), do_sample=True, max_new_tokens=3
+            )
+
+
+@pytest.mark.parametrize("options", ({}, {"do_sample": False}))
+def test_a_greedy_call_is_plain_and_says_so_once(options, caplog, monkeypatch):
+    monkeypatch.setattr(engine, "_warned", set())
+    model, inputs = tiny.model(), tiny.prompts((5,))
+    with caplog.at_level("WARNING", "tokenry"):
+        for _ in range(2):
+            out = model.generate(**inputs, custom_generate=CNTP(punctuation=MARKS), max_new_tokens=9, **options)
+    assert [record.message for record in caplog.records if "do_sample=True" in record.message] == [
+        "cntp chooses among samples, and do_sample is off: it decodes as plain does; say do_sample=True"
+    ]
+    assert torch.equal(out, model.generate(**inputs, do_sample=False, max_new_tokens=9))
 
 
 @pytest.mark.parametrize("options", ({"max_trials": 1}, {"entropy_low": 9.0, "entropy_high": 10.0}))

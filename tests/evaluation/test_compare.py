@@ -321,7 +321,7 @@ def test_prompts_without_an_answer_are_not_scored():
 def test_a_path_is_never_a_workloads_name(tmp_path):
     with pytest.raises(BadPrompt, match="no prompt file"):
         compare(prompts=Path("arithmetic"))
-    with pytest.raises(BadPrompt, match="no prompt file"):
+    with pytest.raises(BadPrompt, match="is a folder"):
         compare(prompts=tmp_path)
 
 

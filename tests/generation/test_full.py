@@ -1,12 +1,16 @@
 """tokenry.generate: what goes in as text comes out as text, and bad input is refused in words."""
 
+import queue
+
+import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from tests.evaluation import tiny_text
 from tokenry.errors import BadParameter, BadPrompt, MethodNotFound, PromptTooLong
-from tokenry.generation import generate
+from tokenry.generation import engine, generate
 from tokenry.generation.full import effective
 from tokenry.kvcache import H2O
 from tokenry.methods import method
@@ -66,9 +70,10 @@ def test_a_streamer_of_transformers_gets_the_ids(model, tokenizer):
         def end(self):
             self.ended = True
 
-    collector = Collector()
-    result = generate(model, tokenizer, "abc", method="prompt-lookup", stream=collector, max_new_tokens=9)
-    assert collector.got == result.sequences[0].tolist() and collector.ended
+    for name in ("stream", "streamer"):
+        collector = Collector()
+        result = generate(model, tokenizer, "abc", method="prompt-lookup", max_new_tokens=9, **{name: collector})
+        assert collector.got == result.sequences[0].tolist() and collector.ended
 
 
 def test_kinds_of_prompts(model, tokenizer):
@@ -81,6 +86,113 @@ def test_kinds_of_prompts(model, tokenizer):
     assert batch.new_tokens[0] == wanted[0] and len(batch.texts()) == 2
 
 
+def test_tensors_arrays_and_what_a_tokenizer_gives(model, tokenizer):
+    texts = ["abc", "a longer one"]
+    wanted = generate(model, tokenizer, texts, max_new_tokens=5).new_tokens
+    rows = tokenizer(texts)["input_ids"]
+    right = tiny_text.tokenizer()
+    right.padding_side = "right"
+    batches = [
+        tokenizer(texts),
+        tokenizer(texts, padding=True, return_tensors="pt"),
+        right(texts, padding=True, return_tensors="np"),
+        dict(right(texts, padding=True)),
+        [torch.tensor(row) for row in rows],
+        [np.array(row) for row in rows],
+        tuple(map(tuple, rows)),
+    ]
+    for prompt in batches:
+        assert generate(model, tokenizer, prompt, max_new_tokens=5).new_tokens == wanted
+    for prompt in (tokenizer("abc"), np.array(rows[0]), np.array([rows[0]], dtype=np.int32), list(np.array(rows[0]))):
+        assert generate(model, tokenizer, prompt, max_new_tokens=5).new_tokens == wanted[:1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (b"abc", "bytes are not a prompt"),
+        (bytearray(b"abc"), "bytes are not a prompt"),
+        ([b"abc"], "neither text nor integer ids"),
+        ([True, False], "neither text nor integer ids"),
+        (torch.tensor([True, False]), "neither text nor integer ids"),
+        (torch.tensor([1.0, 2.0]), "neither text nor integer ids"),
+        (torch.ones(1, 2, 2, dtype=torch.long), "neither text nor integer ids"),
+        (torch.tensor(3), "cannot be read"),
+        ({"role": "user", "content": "hi"}, "mapping of role, content"),
+        ({"input_ids": [[3]], "pixel_values": [[0.0]]}, "mapping of input_ids, pixel_values"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[1]]}, "shape of the ids"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[1, 1], [1, 1]]}, "shape of the ids"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[0, 0]]}, "is empty"),
+        ("def \ud83d x", "half of a character.*at place 5"),
+        (["fine", "caf\udce9"], "half of a character.*at place 4"),
+    ],
+)
+def test_prompts_that_cannot_be_read(model, tokenizer, prompt, message):
+    with pytest.raises(BadPrompt, match=message):
+        generate(model, tokenizer, prompt, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"assistant_model": object()}, r"draft-model.*transformers-assisted"),
+        ({"custom_generate": method("plain")}, r"custom_generate is not allowed.*method="),
+        ({"input_ids": torch.tensor([[3]])}, "input_ids is not allowed.*as the prompt"),
+        ({"attention_mask": torch.tensor([[1]])}, "attention_mask is not allowed.*as the prompt"),
+        ({"tokenry_options": {}}, "tokenry_options is not allowed.*seed="),
+        ({"return_dict_in_generate": False}, "return_dict_in_generate=False.*sequences"),
+        ({"streamer": print}, "must have put and end"),
+        ({"streamer": queue.Queue()}, "must have put and end"),
+        ({"stream": queue.Queue()}, "stream=.*function that takes a text"),
+        ({"stream": print, "streamer": BaseStreamer()}, "both given"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5 is not allowed; it must be an integer"),
+        ({"max_new_tokens": True}, "max_new_tokens=True is not allowed"),
+        ({"max_length": "9"}, "max_length='9' is not allowed"),
+        ({"seed": 1.5}, r"seed=1\.5 is not allowed"),
+        ({"seed": "1"}, "seed='1' is not allowed"),
+        ({"method": "token-recycling", "resources": {"tabel": 1}}, "'tabel' is no resource.*'table'"),
+        ({"method": "draft-model+h2o", "resources": {"drafts": 1}}, "'drafts' is no resource.*'draft'"),
+        ({"stop_strings": [3]}, "stop_strings=.3. is not allowed"),
+        ({"method": "any-subset-speculative-decoding"}, "it is an infiller"),
+    ],
+)
+def test_options_that_would_be_lost_or_clash(model, tokenizer, options, message):
+    with pytest.raises(BadParameter, match=message):
+        generate(model, tokenizer, "a", **({"max_new_tokens": 2} | options))
+
+
+def test_options_that_change_nothing(model, tokenizer):
+    wanted = generate(model, tokenizer, "abc", max_new_tokens=3)
+    options = {"return_dict_in_generate": True, "assistant_model": None, "stop_strings": [], "streamer": None}
+    assert generate(model, tokenizer, "abc", max_new_tokens=np.int64(3), **options).new_tokens == wanted.new_tokens
+    # One set of resources may serve several methods.
+    assert generate(model, tokenizer, "abc", max_new_tokens=3, resources={"draft": model}).new_tokens == (
+        wanted.new_tokens
+    )
+
+
+def test_a_name_is_no_model(tokenizer):
+    with pytest.raises(BadParameter, match=r"'tokenry/code' is not a model.*tokenry\.load"):
+        generate("tokenry/code", tokenizer, "a")
+
+
+def test_cntp_samples_unless_told_otherwise(model, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(engine, "_warned", set())
+
+    def said():
+        return {record.message for record in caplog.records if record.name == "tokenry"}
+
+    def run(**options):
+        return generate(model, tokenizer, "abc", method="cntp", seed=3, max_new_tokens=12, **options).new_tokens
+
+    sampled, greedy = run(do_sample=True), generate(model, tokenizer, "abc", max_new_tokens=12).new_tokens
+    assert sampled != greedy
+    assert run() == run(generation_config=GenerationConfig()) == sampled
+    assert not said()
+    assert run(do_sample=False) == run(generation_config=GenerationConfig(do_sample=False)) == greedy
+    assert said() == {"cntp chooses among samples, and do_sample is off: it decodes as plain does; say do_sample=True"}
+
+
 def test_chat(model):
     tokenizer = tiny_text.tokenizer()
     message = [{"role": "user", "content": "hi"}]
@@ -89,6 +201,8 @@ def test_chat(model):
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )
+    with pytest.raises(BadPrompt, match="half of a character"):
+        generate(model, tokenizer, [{"role": "user", "content": "\ud83d"}])
     result = generate(model, tokenizer, message, max_new_tokens=4)
     assert result.new_tokens == generate(model, tokenizer, "<user>hi>", max_new_tokens=4).new_tokens
 

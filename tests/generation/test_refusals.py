@@ -1,5 +1,8 @@
 """What no decoder serves is refused by name, before anything runs."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache, T5Config, T5ForConditionalGeneration
@@ -32,6 +35,20 @@ def test_options_that_cannot_be_honoured(options, word, method):
     with pytest.raises(BadParameter, match=word):
         model.generate(**tiny.prompts((5,)), custom_generate=method, max_new_tokens=3, **options)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("cls", [Plain, PromptLookup, H2O])
+def test_a_class_instead_of_a_method(cls):
+    with pytest.raises(BadParameter, match=rf"{cls.__name__} takes its parameters by name, not a LlamaForCausalLM"):
+        tiny.model().generate(**tiny.prompts((5,)), custom_generate=cls, max_new_tokens=3)
+    assert copy.deepcopy(cls()) == pickle.loads(pickle.dumps(cls())) == cls()
+
+
+def test_a_policy_around_what_is_no_model():
+    with pytest.raises(BadParameter, match=r"H2O takes its parameters by name.*with H2O\(budget=\.\.\.\)\(model\)"):
+        H2O(tiny.model())
+    with pytest.raises(BadParameter, match=r"'tokenry/code'.*tokenry\.load"), H2O(budget=64)("tokenry/code"):
+        pass
 
 
 def test_embeddings_without_ids():
@@ -78,6 +95,9 @@ def test_right_padding_and_own_positions():
     ids = torch.tensor([[4, 5, 6], [7, 8, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     with pytest.raises(BadPrompt, match="left"):
+        model.generate(ids, attention_mask=mask, custom_generate=PromptLookup(), max_new_tokens=3)
+    with pytest.raises(BadPrompt, match="row 1 of the batch is empty"):
+        mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
         model.generate(ids, attention_mask=mask, custom_generate=PromptLookup(), max_new_tokens=3)
     with pytest.raises(BadParameter, match="position_ids"):
         model.generate(

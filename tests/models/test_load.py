@@ -38,8 +38,21 @@ def test_a_folder_without_tokenizer_or_model_is_refused(tmp_path, kind):
         load("tokenry/none")
 
 
+@pytest.mark.parametrize("kind", tiny.SERVED)
+def test_a_tokenizer_that_transformers_makes_up_is_refused(tmp_path, kind):
+    model = tiny.model(kind)
+    model.save_pretrained(tmp_path)
+    # A file of settings alone passes for a tokenizer.
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(MissingTokenizer, match="save_pretrained"):
+        load(tmp_path)
+    model.name_or_path = str(tmp_path)
+    with pytest.raises(MissingTokenizer, match="save_pretrained"):
+        load(model)
+
+
 def test_a_loaded_model_without_a_folder_has_no_tokenizer():
-    with pytest.raises(MissingTokenizer, match="was not loaded from a folder"):
+    with pytest.raises(MissingTokenizer, match=r"was not loaded from a folder.*tokenry\.generate\(model, tokenizer"):
         load(tiny.model())
 
 

@@ -5,7 +5,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
+import tokenry
 from tests import tiny
 from tokenry.errors import BadParameter, ResourceError
 from tokenry.generation import Options
@@ -159,6 +161,35 @@ def test_tables_are_saved_with_what_they_fit(tmp_path):
         run(model, inputs, TokenRecycling(k=4, template=4), filled({}))
     with pytest.raises(ResourceError, match="k=8"):
         run(model, inputs, TokenRecycling(), filled({}))
+
+
+def test_a_table_of_another_tokenizer_is_refused(tmp_path):
+    """Of equal vocabularies too: what tells them apart is the name, or which words the ids spell."""
+    model, path = tiny.model(), tmp_path / "t.safetensors"
+    ours, same, other = tiny.tokenizer(), tiny.tokenizer(), tiny.tokenizer()
+    words = other.get_vocab()
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    other = type(other)(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    assert len(other) == len(ours)
+
+    def go(tokenizer, **options):
+        return tokenry.generate(model, tokenizer, [5, 6, 7], max_new_tokens=4, **options)
+
+    table = RecyclingTable()
+    go(ours, method="token-recycling", resources={"table": table})
+    table.save(path)
+    hot = TokenRecycling(table=str(path))
+    for fitting in (ours, same, None):
+        go(fitting, method=hot)
+    for options in ({"method": hot}, {"method": "token-recycling", "resources": {"table": table}}):
+        with pytest.raises(ResourceError, match="learned with tokenizer"):
+            go(other, **options)
+    # A name that the caller gave is compared with the tokenizer's own.
+    named = RecyclingTable(tokenizer="toy")
+    ours.name_or_path, same.name_or_path = "toy", "another"
+    go(ours, method="token-recycling", resources={"table": named})
+    with pytest.raises(ResourceError, match="'toy', and the call's is 'another'"):
+        go(same, method="token-recycling", resources={"table": named})
 
 
 def test_text_form_and_values():

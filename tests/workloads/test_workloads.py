@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from tokenry.errors import BadParameter, BadPrompt
-from tokenry.workloads import WORKLOADS, examples, functions, is_held_out
+from tokenry.workloads import WORKLOADS, examples, functions, is_held_out, jsonl
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -124,6 +126,10 @@ def test_files_of_ones_own(tmp_path):
         ('{"other": "x"}', "line 1 has no prompt"),
         ('{"prompt": "  "}', "line 1 has no prompt"),
         ("", "holds no prompts"),
+        ('"fine"\n"\\ud83d"', "line 2 holds half of a character"),
+        ('{"prompt": "p", "answer": "\\ud83d"}', "line 1 holds half of a character"),
+        ('"fine"\n' + "[" * 100_000, "line 2 is nested too deeply"),
+        ("9" * 5000, "line 1 cannot be read"),
     ),
 )
 def test_malformed_files_name_the_line(tmp_path, text, message):
@@ -159,6 +165,29 @@ def test_answers_are_texts_numbers_or_any_of_a_list(tmp_path):
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     file = tmp_path / "latin.jsonl"
-    file.write_bytes('"caf\xe9"\n'.encode("latin-1"))
-    with pytest.raises(BadPrompt, match=r"latin\.jsonl as UTF-8"):
-        examples(str(file), 1)
+    file.write_bytes('"fine"\n"caf\xe9"\n'.encode("latin-1"))
+    with pytest.raises(BadPrompt, match=r"latin\.jsonl, line 2 is not UTF-8"):
+        examples(str(file), 2)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    file = tmp_path / "mark.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + '"caf\xe9 \U0001f600"\n'.encode())
+    assert [example.prompt for example in examples(str(file), 1)] == ["caf\xe9 \U0001f600"]
+
+
+def test_folders_are_refused_as_such_and_other_things_read(tmp_path):
+    with pytest.raises(BadPrompt, match="is a folder"):
+        list(jsonl.read(tmp_path))
+    with pytest.raises(BadPrompt, match="holds no prompts"):
+        list(jsonl.read(os.devnull))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_read(tmp_path):
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('"a text"\n',))
+    writer.start()
+    assert [example.prompt for example in jsonl.read(pipe)] == ["a text"]
+    writer.join()

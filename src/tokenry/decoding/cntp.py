@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenry.errors import ResourceError
+from tokenry.errors import BadParameter, ResourceError
 from tokenry.generation.engine import Commit, Decoder, Session
 from tokenry.generation.plain import plain_step
 from tokenry.generation.result import Source
@@ -27,7 +27,8 @@ class CNTP(Decoder):
     Cautious Next Token Prediction, arXiv 2507.03038, algorithm 1 with the constants of the authors' runs. Entropy and
     perplexity are taken on the distribution after temperature, top-p and all other processors. Each trial runs to the
     first punctuation token or stop. Rows of a batch hesitate independently. It chooses among samples:
-    ``tokenry.generate`` samples unless ``do_sample`` is given, and a greedy call decodes plainly.
+    ``tokenry.generate`` and the command line sample unless they are told otherwise. The trials of a greedy call would
+    all be one text, so such a call decodes as plain does, and a warning says so.
 
     Args:
         entropy_low: Entropy in nats up to which one token is sampled as usual.
@@ -36,9 +37,9 @@ class CNTP(Decoder):
         max_trials: Trials at ``entropy_high``.
         rule: How trials grow in between: ``"released"`` is the authors' code (linear from ``min_trials``, rounded
             down), ``"paper"`` the printed formula (linear from 0, rounded down, at least 1).
-        punctuation: Ids that end a trial; or ``"surface"``: every id that spells only marks of ``.,?!:;)]}`` and
-            spaces, or holds a line break; or ``"released"``: the first id of each mark encoded alone, as in the
-            authors' code, which misses merged and word-initial forms.
+        punctuation: Ids that end a trial, below the model's number of ids; or ``"surface"``: every id that spells only
+            marks of ``.,?!:;)]}`` and spaces, or holds a line break; or ``"released"``: the first id of each mark
+            encoded alone, as in the authors' code, which misses merged and word-initial forms.
     """
 
     sampled: ClassVar[bool] = True
@@ -69,6 +70,8 @@ class CNTP(Decoder):
         """Which ids end a trial, bool ``[ids]``."""
         session.stats.extra["segments"] = []
         marks = self.punctuation
+        if isinstance(marks, tuple):
+            _check_ids(session, marks)
         ids = marks if isinstance(marks, tuple) else _punctuation(session, marks)
         ends = torch.zeros(max(ids, default=0) + 1, dtype=torch.bool, device=session.device)
         ends[list(ids)] = True
@@ -150,6 +153,15 @@ class CNTP(Decoder):
                         "kept": int(best[row] - own.nonzero()[0, 0]),
                     }
                 )
+
+
+def _check_ids(session: Session, ids: tuple[int, ...]) -> None:
+    embeddings: Any = session.model.get_input_embeddings()
+    vocab = embeddings.weight.shape[0]
+    if max(ids, default=0) >= vocab:
+        raise BadParameter(
+            f"cntp: punctuation={ids} is not allowed; each must be below {vocab}, the model's number of ids"
+        )
 
 
 def _first_least(values: Tensor, rows: Tensor, batch: int) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from tokenry.errors import BadParameter, TokenryError
 from tokenry.generation import Plain, Stats
 from tokenry.generation.full import effective
+from tokenry.generation.full import samples as samples
 from tokenry.methods import Combination, Method
 from tokenry.methods import method as read_method
 from tokenry.models import load, resource, weights_hash
@@ -162,12 +163,6 @@ def compare(
         },
         partial=partial,
     )
-
-
-def samples(method: Method | Combination) -> bool:
-    """Whether a method chooses among sampled continuations, so that it is measured sampled."""
-    part = method.decoder if isinstance(method, Combination) else method
-    return bool(getattr(part, "sampled", False))
 
 
 def lossless(method: Method | Combination) -> bool:

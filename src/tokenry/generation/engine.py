@@ -13,7 +13,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ class Decoder(Method, ABC):
     early: ClassVar[bool] = False
     """Whether it can draft before the prompt was read, which saves the pass that reads it: its first verify step does
     (one row, no policy)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # As in custom_generate=TokenRecycling, which transformers calls with the model.
+        if args:
+            raise BadParameter(
+                f"{cls.__name__} takes its parameters by name, not a {type(args[0]).__name__}: hand over an object, as "
+                f"in custom_generate={cls.__name__}()"
+            )
+        return super().__new__(cls)
 
     def start(self, session: Session) -> Any:
         """Make the state of one call, before the prefill."""
@@ -116,6 +125,11 @@ class Decoder(Method, ABC):
                 session = Session(model, prompt, _cache(model, policy, given, mask), *arguments)
             if self.drafts:
                 _warn_of_no_room(self, session)
+            if self.sampled and not session.do_sample:
+                _warn(
+                    f"{self.slug} chooses among samples, and do_sample is off: it decodes as plain does; "
+                    "say do_sample=True"
+                )
             run(self, session)
             keep = generation_config.return_dict_in_generate or compat.is_callers(given)
             result = session.result(session.final_cache(given) if keep else None)
@@ -204,14 +218,18 @@ _warned: set[tuple[str, int, str]] = set()
 
 
 def _warn_of_no_room(decoder: Decoder, session: Session) -> None:
-    """Say, once for each line of code that generates, that a policy leaves a drafter nothing to draft."""
+    """Say that a policy leaves a drafter nothing to draft."""
     policy = session.policy
     if policy is None or policy.compact_every > 1:
         return
-    text = (
+    _warn(
         f"{decoder.slug} drafts nothing, because {policy} drops tokens after every one: give the policy room, as in "
         f"{type(policy).__name__}(budget={policy.budget}, compact_every=16)"
     )
+
+
+def _warn(text: str) -> None:
+    """Say it once for each line of code that generates."""
     frame = sys._getframe()
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -226,6 +244,9 @@ def _is_inside(module: str) -> bool:
 
 
 def _check_prompt(mask: Tensor | None, positions: Tensor | None, prompt: Tensor) -> None:
+    if mask is not None and not bool(mask.any(1).all()):
+        row = int(mask.any(1).int().argmin())
+        raise BadPrompt(f"row {row} of the batch is empty, padding alone: give it at least one token, or leave it out")
     if mask is not None and not bool(mask[:, -1].all()):
         raise BadPrompt("the prompt is padded on the right: pad it on the left (tokenizer.padding_side = 'left')")
     if positions is None:

@@ -12,7 +12,7 @@ import dataclasses
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ class BudgetedPolicy(Method):
     skips: ClassVar[bool] = False
 
     budget: int | float = 256
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # As in H2O(model), or custom_generate=H2O.
+        if args:
+            raise BadParameter(
+                f"{cls.__name__} takes its parameters by name, not a {type(args[0]).__name__}: write "
+                f"`with {cls.__name__}(budget=...)(model):`, or {cls.__name__}(budget=...).cache(model)"
+            )
+        return super().__new__(cls)
 
     def validate(self) -> None:
         if isinstance(self.budget, float):
@@ -94,6 +103,7 @@ class BudgetedPolicy(Method):
         """The block in which every forward of ``model`` runs on a cache that this policy keeps.
 
         Raises:
+            BadParameter: It was called as a decoder is, or with something else than a model.
             UnsupportedModel: The model cannot run on Tokenry's attention, or not with this policy.
             CacheMisuse: Another policy is active in this thread.
         """
@@ -101,6 +111,12 @@ class BudgetedPolicy(Method):
             raise BadParameter(
                 f"{self} is a cache policy, not a decoding method: write `with {type(self).__name__}(...)(model): "
                 "model.generate(...)`, and give a decoder to custom_generate inside the block"
+            )
+        if not isinstance(model, torch.nn.Module):
+            name = type(self).__name__
+            raise BadParameter(
+                f"{name}(...)({model!r}) is not allowed; it takes a loaded model: "
+                f"model, tokenizer = tokenry.load(name), then `with {name}(...)(model):`"
             )
         return policy_block(model, self)  # type: ignore[arg-type]
 
@@ -123,8 +139,8 @@ class CachePolicy(BudgetedPolicy):
     Args:
         budget: Slots that each full-attention layer and KV head holds after a forward, as a count, or below 1 as a
             share of the real tokens of each row's prompt.
-        compact_every: Drop tokens only after tokens whose position is a multiple of this, so up to
-            ``compact_every - 1`` further slots are held. Drafters need it above 1.
+        compact_every: Drop tokens only after every ``compact_every``-th token of a row, its first token counted as 1
+            and padding not at all, so up to ``compact_every - 1`` further slots are held. Drafters need it above 1.
     """
 
     drops: ClassVar[bool] = True

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tokenry.errors import MissingTokenizer, ResourceError
 
 _BUNDLED = Path(__file__).parent / "bundled"
+# A tokenizer with fewer ids than this share of the model's is one that transformers made up; paddings are far smaller.
+_LEAST_IDS = 0.1
 # One of them lies in every folder with a tokenizer; without, transformers makes up an empty one for some models.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
 
@@ -70,9 +72,10 @@ def load(
         if not name.name_or_path:
             raise MissingTokenizer(
                 f"this {type(name).__name__} was not loaded from a folder, so its tokenizer is not known: hand over "
-                "the tokenizer beside the model where one is asked for, or load both by the folder's name"
+                "the tokenizer yourself, as in tokenry.generate(model, tokenizer, ...), or save both into one folder "
+                "with save_pretrained and load that"
             )
-        return name, _tokenizer(str(name.name_or_path), revision, trust_remote_code)
+        return name, _fitting(_tokenizer(str(name.name_or_path), revision, trust_remote_code), name)
     where = _locate(name)
     if where.startswith((".", "/")) and not (Path(where) / "config.json").is_file():
         raise ResourceError(f"no model in {where!r}: the folder has no config.json")
@@ -85,6 +88,7 @@ def load(
         )
     except (OSError, ValueError) as error:
         raise ResourceError(f"cannot load a causal model from {str(name)!r}: {_first_line(error)}") from error
+    tokenizer = _fitting(tokenizer, model)
     model.to(torch.device(device or "cpu"))  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
@@ -104,6 +108,18 @@ def _tokenizer(where: str, revision: str | None, trust_remote_code: bool) -> Any
             f"{where!r} has no tokenizer that loads ({_first_line(error)}): save one into the folder with "
             "tokenizer.save_pretrained(folder)"
         ) from error
+
+
+def _fitting(tokenizer: Any, model: PreTrainedModel) -> Any:
+    """The tokenizer, unless it is the empty one that transformers makes up where files are missing."""
+    embeddings: Any = model.get_input_embeddings()
+    ids = embeddings.weight.shape[0]
+    if len(tokenizer) < _LEAST_IDS * ids:
+        raise MissingTokenizer(
+            f"{str(model.name_or_path)!r} has no tokenizer of its own: what loads has {len(tokenizer)} ids and the "
+            f"model {ids}; save the model's tokenizer into the folder with tokenizer.save_pretrained(folder)"
+        )
+    return tokenizer
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,12 +8,15 @@ Template          a fixed tree of candidate ranks, laid out for retrieval from a
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,8 @@ from torch import Tensor
 
 from tokenry.errors import BadParameter, ResourceError
 from tokenry.generation.engine import Session
+from tokenry.models import bundled
+from tokenry.models import path as bundled_path
 from tokenry.speculation.engine import TreeShape
 
 Path_ = tuple[int, ...]
@@ -161,7 +166,8 @@ class RecyclingTable:
         k: Candidates of each row.
         bigrams: Rows for pairs; a prime number spreads them best. 0: none.
         scored: Whether the softmax over the `k` best logits is kept beside the ids.
-        tokenizer: Name of the tokenizer it was learned with, if the caller gave one.
+        tokenizer: Name of the tokenizer it was learned with: the caller's, else one made from the vocabulary at first
+            use where the call knows its tokenizer; empty if neither is known.
         ids: `[vocab + bigrams, k]` int32, None before the first use.
         scores: `[vocab + bigrams, k]` float16, None if not `scored`.
         seen: Which rows hold anything, bool `[vocab + bigrams]`.
@@ -349,7 +355,7 @@ def table_of(
     over one table as a resource.
 
     Raises:
-        ResourceError: The table is not of the kind that the method uses.
+        ResourceError: The table is not of the kind that the method uses, or was learned with another tokenizer.
     """
     table = session.resources.get("table")
     if table is None and path is not None:
@@ -363,7 +369,40 @@ def table_of(
     if given != wanted:
         say = [", ".join(f"{name}={value}" for name, value in each.items()) for each in (wanted, given)]
         raise ResourceError(f"{slug}: the table must be a RecyclingTable with {say[0]}; this one has {say[1]}")
+    _agree(table, session.resources.get("tokenizer"), slug)
     return table
+
+
+def _agree(table: RecyclingTable, tokenizer: Any, slug: str) -> None:
+    """Refuse a table that was learned with another tokenizer; a new one without a name is named after this one."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return
+    with table.lock:
+        if not table.tokenizer:
+            if table.ids is None:
+                table.tokenizer = _vocabulary_name(tokenizer)
+            return
+    # A name that somebody gave is compared with names, one made from a vocabulary with the vocabulary.
+    made = table.tokenizer.startswith(_MADE)
+    own = _vocabulary_name(tokenizer) if made else str(getattr(tokenizer, "name_or_path", "") or "")
+    given = next((name for name in bundled() if own == str(bundled_path(name))), own)
+    if own and table.tokenizer not in (own, given):
+        raise ResourceError(
+            f"{slug}: the recycling table was learned with tokenizer {table.tokenizer!r}, and the call's is {given!r}; "
+            "use a table of the same tokenizer, or start with an empty one"
+        )
+
+
+_MADE = "vocabulary "
+_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def _vocabulary_name(tokenizer: Any) -> str:
+    """A name that is the same for all tokenizers with the same ids, wherever they were loaded from."""
+    if tokenizer not in _names:
+        words = sorted(tokenizer.get_vocab().items())
+        _names[tokenizer] = _MADE + hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return _names[tokenizer]
 
 
 @functools.lru_cache(maxsize=8)

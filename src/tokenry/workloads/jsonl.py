@@ -20,32 +20,43 @@ def read(path: str | Path) -> Iterator[Example]:
     number or a list of them, is scored by containment, any of a list counts; lines without one are not scored.
 
     Raises:
-        BadPrompt: The file is missing, not UTF-8, empty, or a line is not of these forms (the message names the line).
+        BadPrompt: The file is missing, a folder or empty, or a line is not UTF-8 or not of these forms (the message
+            names the line).
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise BadPrompt(f"{str(path)!r} is a folder: give the path of a JSONL file in it, one prompt a line")
+    # A pipe or a device is read like a file.
+    if not path.exists():
         raise BadPrompt(f"no prompt file at {str(path)!r}: give the path of a JSONL file, one prompt a line")
     empty = True
     try:
-        with path.open(encoding="utf-8") as lines:
+        # Bytes that are not UTF-8 come through as surrogates, so that their line can be named.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 empty = False
                 yield _example(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadPrompt(f"cannot read {path} as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise BadPrompt(f"cannot read {path}: {error}") from error
     if empty:
         raise BadPrompt(f"{path} holds no prompts: write one JSON string or object a line")
 
 
 def _example(line: str, where: str) -> Example:
+    if not _is_unicode(line):
+        raise BadPrompt(f"{where} is not UTF-8 text: save the file as UTF-8")
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadPrompt(
             f"{where} is not JSON ({error.msg} at column {error.colno}): one string or object a line"
         ) from None
+    except RecursionError:
+        raise BadPrompt(f"{where} is nested too deeply to read: one string or object a line") from None
+    except ValueError as error:
+        raise BadPrompt(f"{where} cannot be read ({error}): one string or object a line") from None
     if isinstance(record, str):
         record = {"prompt": record}
     if not isinstance(record, dict):
@@ -56,11 +67,22 @@ def _example(line: str, where: str) -> Example:
         raise BadPrompt(f"{where} has no prompt: give one of {', '.join(_FIELDS)} or turns as a text that is not empty")
     answers = _answers(record.get("answer", record.get("reference")))
     meta = {k: record[k] for k in ("category", "question_id") if k in record}
+    if not _is_unicode(json.dumps([prompt, answers, meta], ensure_ascii=False)):
+        raise BadPrompt(f"{where} holds half of a character (a lone surrogate such as \\ud83d): write the whole one")
     if not answers:
         return Example(prompt, "", lambda output: 1.0, meta)
     # The longest stands for all, so that each finds room in the output.
     longest = max(answers, key=len)
     return Example(prompt, longest, lambda output: float(any(answer in output for answer in answers)), meta)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether every character is whole; a lone surrogate is half of one, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _answers(given: object) -> list[str]:
