@@ -318,6 +318,11 @@ def test_prompts_without_an_answer_are_not_scored():
     assert compare(methods=["plain"]).row("plain").quality is None
 
 
+def test_half_a_character_is_refused():
+    with pytest.raises(BadPrompt, match="half of a character"):
+        compare(prompts=["abc", "\ud83d x"])
+
+
 def test_a_path_is_never_a_workloads_name(tmp_path):
     with pytest.raises(BadPrompt, match="no prompt file"):
         compare(prompts=Path("arithmetic"))

@@ -228,7 +228,8 @@ def test_a_page_shows_the_figures_of_its_files(measured, folder, tmp_path):
         for row in run.rows:
             section = next(part for part in text.split("\n#### ")[1:] if _is(part, row.workload, suffix))
             (line,) = [line for line in section.splitlines() if line.startswith(f"| `{row.label}` |")]
-            assert f"| {row.tokens_per_pass:.2f} |" in line and f"{row.speed.median:.2f}×" in line
+            # So few pairs say nothing of speed.
+            assert f"| {row.tokens_per_pass:.2f} |" in line and row.speed.count < 7 and "×" not in line
     assert CLAIMS["token-recycling"].claim in text and CLAIMS["prompt-lookup"].why in text
     assert "outputs that differ otherwise: 0 of each of 5 methods" in text and "Skipped `transformers-assisted`" in text
     assert "plain" not in re.findall(r"^### (\S+)$", text, re.M)
@@ -243,6 +244,8 @@ def test_a_page_changes_with_the_file_alone(folder, tmp_path):
     data = json.loads((folder / "bench.json").read_text())
     row = next(row for row in data["runs"][0]["rows"] if row["method"] == "prompt-lookup")
     row["tokens_per_pass"], row["speed"]["median"] = 77.25, 66.5
+    for each in data["runs"][0]["rows"]:
+        each["speed"]["count"] = 7
     (tmp_path / "changed.json").write_text(json.dumps(data))
     text = family_pages([tmp_path / "changed.json"])["speculation"]
     assert text.count("77.25") == 2 and text.count("66.50×") == 2  # in its table and beside the claim

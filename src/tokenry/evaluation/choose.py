@@ -20,8 +20,8 @@ from tokenry.errors import BadParameter, TokenryError
 from tokenry.methods import Combination, Method, load_class, parameters, rows
 from tokenry.methods import method as read_method
 
-from .comparison import PAIRS, compare, samples
-from .metrics import Spread
+from .comparison import compare, samples
+from .metrics import PAIRS, Spread
 from .peers import Peer
 from .results import SCHEMA_VERSION, Comparison, Row, finite, printed
 from .running import Prompts, Runner, Setting, Variant, collect

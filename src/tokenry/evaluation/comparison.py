@@ -23,7 +23,7 @@ from tokenry.methods import method as read_method
 from tokenry.models import load, resource, weights_hash
 
 from .environment import describe_model, machine, model_name, versions
-from .metrics import Lossless, Spread, agreement, bits_per_byte, check_lossless
+from .metrics import PAIRS, Lossless, Spread, agreement, bits_per_byte, check_lossless
 from .peers import Peer
 from .results import Comparison, Row, Sample
 from .running import Outcome, Prompts, Runner, Setting, Task, Variant, collect, deal
@@ -32,8 +32,6 @@ REFERENCE = "transformers"
 """The method every speed is a ratio to: transformers' plain `generate`."""
 
 DEFAULT_METHODS = ("plain", "prompt-lookup", "token-recycling", "sinks:budget=256", "h2o:budget=256")
-PAIRS = 7
-"""Fewest interleaved pairs that a statement on speed rests on."""
 
 _SEEDS = {"arithmetic": 3}  # sampled runs of each prompt; one elsewhere
 

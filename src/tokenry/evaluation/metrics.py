@@ -19,6 +19,9 @@ from tokenry.models import context_length
 NEAR_TIE = 4
 """Largest gap between plain's two best logits, in units in the last place of the top one, that counts as a tie."""
 
+PAIRS = 7
+"""Fewest interleaved pairs that a statement on speed rests on."""
+
 
 @dataclass(frozen=True)
 class Spread:

@@ -13,6 +13,7 @@ from tokenry.catalogue import BY_SLUG, FAMILIES
 from tokenry.errors import BadParameter
 
 from .claims import CLAIMS
+from .metrics import PAIRS
 from .results import SCHEMA_VERSION
 from .tables import (
     CHECK_HEADERS,
@@ -185,6 +186,8 @@ def _about(file: _File, runs: Sequence[Run]) -> list[str]:
 def _tables(family: str, run: Run) -> list[str]:
     rows = _shown(family, run)
     chosen = speculation_columns() if family == "speculation" else columns(rows)
+    if any(row["speed"]["count"] < PAIRS for row in rows):
+        chosen = [column for column in chosen if column[0] not in ("speed", "tokens/s")]
     batch = run["settings"]["batch_size"]
     parts = []
     for workload in run["workloads"]:
@@ -278,7 +281,9 @@ def _figures(
     group: Sequence[tuple[Run, Mapping[str, Any]]],
 ) -> Iterable[tuple[str, list[float], Callable[[float], str]]]:
     rows = [row for _, row in group]
-    yield "speed", [row["speed"]["median"] for row in rows if row["speed"]["median"] is not None], "{:.2f}×".format
+    # Speed of fewer pairs says more of what else the machine did.
+    timed = [row["speed"]["median"] for row in rows if row["speed"]["count"] >= PAIRS]
+    yield "speed", [median for median in timed if median is not None], "{:.2f}×".format
     yield "tokens per pass", [row["tokens_per_pass"] for row in rows], "{:.2f}".format
     if any("kvcache" in _families(row) for row in rows):
         yield "kept at most", [row["kv_bytes"] for row in rows], lambda value: size(int(value))
@@ -290,15 +295,20 @@ def _figures(
     yield "quality", [row["quality"] for _, row in scored], "{:.2f}".format
     beside = [plain["quality"] for run, row in scored if (plain := _plain(run, row)) and plain["quality"] is not None]
     yield "plain's quality", beside, "{:.2f}".format
+    for name, own in (("bits per byte", rows), ("plain's bits per byte", [_plain(run, row) for run, row in group])):
+        yield name, [row["bits_per_byte"] for row in own if row and row["bits_per_byte"] is not None], "{:.3f}".format
 
 
 def _plain(run: Run, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The reference's row on the same task under the same setting, if its cache has bytes to compare with."""
-    for each in run["rows"]:
-        same = each["workload"] == row["workload"] and each["setting"] == row["setting"]
-        if same and each["method"] == run["settings"]["reference"] and each["kv_bytes"]:
-            return each
-    return None
+    """Plain's row on the same task under the same setting, if its cache has bytes to compare with: Tokenry's, which
+    draws from the same seeds, or else the reference's."""
+    rows = [
+        each
+        for each in run["rows"]
+        if each["workload"] == row["workload"] and each["setting"] == row["setting"] and each["kv_bytes"]
+    ]
+    named = ("plain", run["settings"]["reference"])
+    return next((each for name in named for each in rows if each["method"] == name), None)
 
 
 def _range(values: Sequence[float], form: Callable[[float], str]) -> str:

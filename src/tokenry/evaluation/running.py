@@ -10,6 +10,7 @@ import torch
 
 from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
 from tokenry.generation import Stats, generate
+from tokenry.generation.full import check_unicode
 from tokenry.methods import Combination, Method, find
 from tokenry.models import context_length
 from tokenry.workloads import Example, examples, jsonl
@@ -160,6 +161,7 @@ def collect(
         for number, example in enumerate(group, 1):
             if not example.prompt.strip():
                 raise BadPrompt(f"{name}: prompt {number} is empty; give it at least one character")
+            check_unicode(example.prompt)
     return {name: group for name, group in found.items() if group}
 
 

@@ -19,7 +19,8 @@ from tokenry.models import context_length
 from tokenry.workloads import Example
 
 from .checks import Check, Ordering, lossless_check, not_slower_checks, ordering_checks
-from .comparison import PAIRS, compare
+from .comparison import compare
+from .metrics import PAIRS
 from .peers import Peer
 from .results import SCHEMA_VERSION, Comparison, finite, printed
 from .running import Prompts, Runner, Setting, Variant, collect

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import Spread
+from .metrics import PAIRS, Spread
 
 if TYPE_CHECKING:
     from .results import Comparison
@@ -119,8 +119,8 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         f"speed: tokens per second over transformers' plain generate in the same pair of the same run, prefill "
         f"included; median [quartiles] of {pairs} interleaved pairs."
     )
-    if pairs < 7:
-        found.append("Fewer than 7 pairs: no speed should be claimed from this.")
+    if pairs < PAIRS:
+        found.append(f"Fewer than {PAIRS} pairs: no speed should be claimed from this.")
     found.append(
         "tokens/pass: tokens gained with each forward pass of the model (plain: 1); a trial row (CNTP's) counts as a "
         "pass of its own. agreement: share of an output "

@@ -262,12 +262,13 @@ def _rows(tokenizer: Any, prompt: Prompt) -> list[list[int]]:
 def _encode(tokenizer: Any, text: str) -> list[int]:
     if tokenizer is None:
         raise BadPrompt("a text needs a tokenizer; pass the model's, or pass ids")
-    _check_unicode(text)
+    check_unicode(text)
     # Special tokens alone are not a prompt.
     return list(tokenizer(text)["input_ids"]) if text else []
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Raise BadPrompt where a text holds half of a character, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -280,7 +281,7 @@ def _check_unicode(text: str) -> None:
 def _chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise BadPrompt("the tokenizer has no chat template; give the prompt as one text")
-    _check_unicode(json.dumps(messages, ensure_ascii=False, default=str))
+    check_unicode(json.dumps(messages, ensure_ascii=False, default=str))
     ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(ids["input_ids"])
 
