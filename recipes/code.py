@@ -1,10 +1,15 @@
-"""Train the bundled pair ``tokenry/code`` and ``tokenry/code-draft``.
+"""Train the bundled pair ``tokenry/code`` and ``tokenry/code-draft``, or a partner with another tokenizer.
 
     python recipes/code.py corpus     # fetch the pinned packages, tokenizer, token blocks
     python recipes/code.py train code
     python recipes/code.py train code-draft
     python recipes/code.py export     # write src/tokenry/models/bundled/
     python recipes/code.py card       # measure the pair and write its model cards
+
+A small model of the same sources with SentencePiece's kind of tokenizer, for ensembles; ten minutes on one core:
+
+    python recipes/code.py corpus --tokenizer unigram --vocabulary 2048 --blocks 700 --copying 150 --work .recipe-other
+    python recipes/code.py train partner --steps 700 --work .recipe-other      # .recipe-other/partner/final
 
 Every step picks up where it was stopped. Work files lie below --work (default: .recipe).
 """
@@ -19,17 +24,18 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).parent
-VOCABULARY = 4096
 CONTEXT = 2048
 BLOCK = 8192
 LENGTHS = (512, 512, 512, 2048)
 SHAPES = {
     "code": {"hidden": 384, "layers": 6, "mlp": 1024, "heads": 6, "kv_heads": 2},
     "code-draft": {"hidden": 128, "layers": 3, "mlp": 352, "heads": 4, "kv_heads": 2},
+    "partner": {"hidden": 192, "layers": 4, "mlp": 512, "heads": 6, "kv_heads": 2},
 }
+BUNDLED = ("code", "code-draft")
 
 
-def corpus(work: Path, blocks: int, seed: int, copying: int, mixture: str) -> None:
+def corpus(work: Path, blocks: int, seed: int, copying: int, mixture: str, kind: str, vocabulary: int) -> None:
     from tokenry.training.corpus import source_files, train_tokenizer, write_blocks
 
     packages = work / "packages"
@@ -49,19 +55,19 @@ def corpus(work: Path, blocks: int, seed: int, copying: int, mixture: str) -> No
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
-        tokenizer = train_tokenizer(texts[::4], folder, vocabulary=VOCABULARY, context=CONTEXT)
+        tokenizer = train_tokenizer(texts[::4], folder, vocabulary=vocabulary, context=CONTEXT, kind=kind)
     plan = {"blocks": blocks, "size": BLOCK, "lengths": LENGTHS, "seed": seed, "copying": (copying, copying + 100)}
     write_blocks(texts, tokenizer, work, **plan, mixture=mixture)
 
 
-def build(name: str):
+def build(name: str, vocabulary: int):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SHAPES[name]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=shape["hidden"],
         num_hidden_layers=shape["layers"],
         intermediate_size=shape["mlp"],
@@ -78,13 +84,16 @@ def build(name: str):
 
 def train(work: Path, name: str, steps: int, lr: float, start: str | None) -> None:
     import torch
+    from transformers import AutoTokenizer
 
     import tokenry
     from tokenry.training.pretrain import pretrain
 
-    fresh = tokenry.load(start, dtype=torch.float32)[0].train() if start else build(name)
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    fresh = tokenry.load(start, dtype=torch.float32)[0].train() if start else build(name, len(tokenizer))
     model = pretrain(fresh, work / "blocks.npy", work / name, lengths=LENGTHS, steps=steps, lr=lr)
     model.save_pretrained(work / name / "final")
+    tokenizer.save_pretrained(work / name / "final")
     (work / name / "final" / "run.json").write_text(json.dumps({"steps": steps, "lr": lr, "start": start}))
 
 
@@ -96,7 +105,7 @@ def export(work: Path) -> None:
 
     target = Path(tokenry.__file__).parent / "models" / "bundled"
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    for name in SHAPES:
+    for name in BUNDLED:
         folder = work / name / "final"
         if folder.is_dir():
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target / name)
@@ -134,7 +143,7 @@ def card(work: Path) -> None:
     counts = json.loads((work / "corpus.json").read_text())
     remarks = json.loads((work / "remarks.json").read_text()) if (work / "remarks.json").is_file() else {}
     draft, _ = tokenry.load("tokenry/code-draft")
-    for name in SHAPES:
+    for name in BUNDLED:
         model, tokenizer = tokenry.load(f"tokenry/{name}")
         found = bench_model(model, tokenizer, draft=draft if name == "code" else None).to_dict()
         state = json.loads((work / name / "final" / "run.json").read_text())
@@ -151,7 +160,7 @@ def card(work: Path) -> None:
             parameters=model.num_parameters() / 1e6,
             other="larger" if name == "code" else "smaller",
             shape=", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shape.items()),
-            vocabulary=VOCABULARY,
+            vocabulary=len(tokenizer),
             context=CONTEXT,
             python=platform.python_version(),
             characters=f"{counts['characters'] / 1e6:.0f} million characters",
@@ -178,12 +187,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the documents")
     parser.add_argument("--copying", type=int, default=600, help="the block where a hundred blocks teach copying")
     parser.add_argument("--mixture", choices=("source", "examples"), default="source", help="what the blocks hold")
+    parser.add_argument("--tokenizer", choices=("bpe", "unigram"), default="bpe", help="kind of the tokenizer")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="ids of the tokenizer")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--start", help="model to go on from (a folder, or tokenry/code) instead of random weights")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.step == "corpus":
-        corpus(options.work, options.blocks, options.seed, options.copying, options.mixture)
+        plan = (options.blocks, options.seed, options.copying, options.mixture)
+        corpus(options.work, *plan, options.tokenizer, options.vocabulary)
     elif options.step == "train":
         train(options.work, options.name, options.steps, options.lr, options.start)
     elif options.step == "export":

@@ -17,7 +17,11 @@ ROLE = {
     "peers": "peer",
 }
 # Methods whose role is not their family's.
-OWN_ROLE = {"adaspec": "trainer", "any-subset-speculative-decoding": "infiller"}
+OWN_ROLE = {
+    "adaspec": "trainer",
+    "any-subset-speculative-decoding": "infiller",
+    "parallel-generation-survey": "chooser",
+}
 AVAILABLE = [row for row in ROWS if row.available]
 
 

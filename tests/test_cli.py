@@ -46,7 +46,10 @@ def fails(capsys, code, *arguments):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "compare", "generate", "methods", "bench", "bench model", "bench speculation", "results", "train"],
+    [
+        *("", "compare", "choose", "generate", "methods", "results", "train"),
+        *("bench", "bench model", "bench speculation", "bench drafters", "bench decoding"),
+    ],
 )
 def test_help_shows_a_real_example(capsys, command):
     assert cli.main([*command.split(), "--help"]) == 0
@@ -258,6 +261,21 @@ def test_ctrl_c_elsewhere(capsys, folder, monkeypatch):
     assert fails(capsys, 130, "generate", "x", "--model", folder) == "tokenry: interrupted\n"
 
 
+def test_ctrl_c_while_text_streams_leaves_the_message_a_line_of_its_own(capsys, folder, monkeypatch):
+    from tokenry import generation
+
+    def interrupted(*args, stream, **options):
+        if stream:
+            stream("so far")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "generate", interrupted)
+    assert cli.main(["generate", "x", "--model", folder]) == 130
+    assert capsys.readouterr() == ("so far\n", "tokenry: interrupted\n")
+    assert cli.main(["generate", "x", "--model", folder, "--json"]) == 130
+    assert capsys.readouterr() == ("", "tokenry: interrupted\n")
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -330,11 +348,24 @@ def test_a_model_that_a_method_cannot_serve(capsys, prompts, tmp_path):
         (["comprae"], "No such command"),
         (["compare", "--nothing"], "No such option"),
         (["compare", "--repeats", "0"], "--repeats"),
+        (["choose", "--loss", "2"], "--loss"),
+        (["bench", "decoding", "--seeds", "1"], "--seeds"),
         (["compare", "--workload", "cod", "--methods", "plain"], "no workload 'cod'"),
         (["generate"], "PROMPT"),
         (["generate", "x", "--top-p", "1.5"], "--top-p"),
         (["generate", "x", "--top-k", "-1"], "--top-k"),
         (["compare", "--top-p", "1.5"], "--top-p"),
+        (["compare", "--limit", "0"], "--limit"),
+        (["compare", "--seed", "99999999999999999999"], "--seed"),
+        (["compare", "--workload", ""], "'' has an empty place"),
+        (["compare", "--workload", "code,,edit"], "'code,,edit' has an empty place"),
+        (["compare", "--temperature", "1e-300"], "it must be at least 1e-6"),
+        (["generate", "x", "--device", "meta"], "--device meta cannot be used here"),
+        (["generate", "x", "--model", ""], "no model in ''"),
+        (["generate", "x", "--method", "plain,h2o"], "cannot read 'plain,h2o' as a method"),
+        (["methods", "h2o:budget=3"], "write tokenry methods h2o"),
+        (["methods", "token-recycling+h2o"], "write tokenry methods token-recycling"),
+        (["results", "missing"], "no result file or folder at 'missing'"),
     ],
 )
 def test_misuse_of_the_command_line(capsys, folder, arguments, words):
@@ -377,7 +408,12 @@ def test_generate_json(capsys, folder):
 def test_generate_json_names_what_ran(capsys, folder):
     arguments = ["generate", "def f(", "--model", folder, "--method", "prompt-lookup+h2o:budget=16", "--json"]
     assert cli.main([*arguments, "--max-new-tokens", "4"]) == 0
-    assert json.loads(capsys.readouterr().out)["method"] == "prompt-lookup+h2o:budget=16;compact_every=16"
+    out, err = capsys.readouterr()
+    assert json.loads(out)["method"] == "prompt-lookup+h2o:budget=16;compact_every=16"
+    assert "method: prompt-lookup+h2o:budget=16;compact_every=16 (drafts need" in err
+    arguments[arguments.index("--method") + 1] += ";compact_every=4"
+    assert cli.main([*arguments, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_generate_samples_with_a_seed(capsys, folder):
@@ -462,7 +498,11 @@ def test_bench_model_has_a_draft_only_beside_the_bundled_model(capsys, monkeypat
 # --- output files and exit codes ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [["compare"], ["bench", "model"], ["bench", "speculation"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [["compare"], ["choose"], ["bench", "model"], ["bench", "speculation"], ["bench", "decoding"]],
+    ids=" ".join,
+)
 def test_output_paths_are_checked_before_anything_is_loaded(capsys, monkeypatch, tmp_path, command):
     def loaded(*args):
         raise AssertionError("a model was loaded")
@@ -473,8 +513,109 @@ def test_output_paths_are_checked_before_anything_is_loaded(capsys, monkeypatch,
     assert "cannot be written" in fails(capsys, 2, *command, "--json", tmp_path / "file" / "r.json")
     if command == ["compare"]:
         assert "--html" in fails(capsys, 2, *command, "--html", tmp_path)
-    monkeypatch.setattr(cli.os, "access", lambda *args: False)
-    assert "permission" in fails(capsys, 2, *command, "--json", tmp_path / "r.json")
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cli.Path, "open", denied)
+    assert "Permission denied" in fails(capsys, 2, *command, "--json", tmp_path / "r.json")
+
+
+def test_a_check_of_an_output_leaves_nothing_behind(tmp_path):
+    cli._check_output("--json", tmp_path / "new" / "r.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old").write_text("old")
+    cli._check_output("--json", tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old"
+    os.mkfifo(tmp_path / "pipe")
+    cli._check_output("--json", tmp_path / "pipe")  # a pipe without a reader would block
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot read"),
+        ("[1]", "is no result"),
+        ('{"kind": "comparison"}', "schema version None"),
+        ('{"kind": "comparison", "schema_version": 1, "rows": 3}', "is not whole"),
+        ('{"kind": "speculation", "schema_version": 1, "runs": []}', "is not whole"),
+    ],
+)
+def test_results_that_cannot_be_read(capsys, tmp_path, text, words):
+    (tmp_path / "r.json").write_text(text)
+    assert words in fails(capsys, 2, "results", tmp_path / "r.json", "--out", tmp_path / "out")
+
+
+def test_a_file_that_may_not_be_read_is_named(capsys, monkeypatch, folder):
+    def denied(*args):
+        raise PermissionError(13, "Permission denied", "my.jsonl")
+
+    monkeypatch.setattr(cli, "_load", denied)
+    error = fails(capsys, 2, "generate", "x", "--model", folder)
+    assert error == "tokenry: my.jsonl cannot be used: Permission denied\n"
+
+
+def test_prompts_of_windows_and_of_all_scripts(capsys, folder, tmp_path):
+    lines = '"def f(x):"\r\n\r\n{"prompt": "h\u00e9llo \U0001f600"}\r\n'
+    (tmp_path / "my.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    arguments = ["compare", "--model", folder, "--prompts", str(tmp_path / "my.jsonl"), "--methods", " plain ", *TINY]
+    assert cli.main(arguments) == 0
+    assert "my · 2 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_figures_of_a_file_that_cannot_be_written_are_printed(capsys, folder, prompts):
+    arguments = ["compare", "--model", folder, "--prompts", prompts, "--methods", "plain", *TINY]
+    assert cli.main([*arguments, "--json", "/dev/full", "--html", "/dev/full"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["schema_version"] == 1
+    line = err.splitlines()[-1]
+    assert line.startswith("tokenry: --json /dev/full could not be written (No space left") and "--html" in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_standard_output_is_one_line_of_error():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tokenry", "methods"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--temperature", "0"], "temperature=0.0 is not allowed"),
+        (["compare", "--temperature", "nan"], "temperature=nan is not allowed"),
+        (["choose", "--temperature", "nan"], "--temperature"),
+        (["bench", "speculation", "--temperature", "inf"], "temperature=inf is not allowed"),
+        (["generate", "x", "--temperature", "nan"], "--temperature"),
+        (["generate", "x", "--temperature", "inf"], "temperature=inf is not allowed"),
+        (["generate", "x\udcff"], "half of a character"),
+        (["compare", "--bits", "EMPTY"], "is empty; give a file with text"),
+        (["compare", "--bits", "MISSING"], "cannot read"),
+        (["compare", "--prompts", "MISSING"], "no prompt file"),
+        (["choose", "--workload", "cod"], "no workload 'cod'"),
+        (["choose", "--goal", "fame"], "goal='fame' is not allowed"),
+        (["choose", "--budget", "0"], "budget=0.0 is not allowed"),
+        (["choose", "--draft", "x", "--no-second-model"], "--draft and --no-second-model exclude each other"),
+        (["bench", "decoding", "--part", "cntp,cn"], "no part 'cn'; there are cntp, r2r"),
+        (["bench", "speculation", "--prompts", "EMPTY"], "holds no prompts"),
+    ],
+    ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
+)
+def test_options_and_inputs_are_checked_before_anything_is_loaded(capsys, monkeypatch, tmp_path, arguments, words):
+    def loaded(*args):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "_load", loaded)
+    (tmp_path / "empty").write_text("")
+    names = {"EMPTY": str(tmp_path / "empty"), "MISSING": str(tmp_path / "missing")}
+    assert words in fails(capsys, 2, *(names.get(argument, argument) for argument in arguments))
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"]], ids=["root", "bench"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ Dtype = Annotated[
     str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; by default the weights' own.")
 ]
 Device = Annotated[str | None, typer.Option(metavar="PLACE", help="cpu, cuda or mps; by default cpu.")]
-Seed = Annotated[int, typer.Option(help="Seed of workloads and sampling.")]
+Seed = Annotated[int, typer.Option(min=-(2**62), max=2**62, help="Seed of workloads and sampling.")]
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="[PATH]", help="Write JSON to a file, or to standard output without one or with -."),
@@ -151,7 +152,7 @@ def compare(
 
     Ctrl-C ends early with what is measured so far.
     """
-    from tokenry.evaluation import DEFAULT_METHODS
+    from tokenry.evaluation import DEFAULT_METHODS, Setting
     from tokenry.evaluation import compare as run
     from tokenry.methods import method
 
@@ -160,6 +161,9 @@ def compare(
     workloads: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = names or None
     if demo and not names and prompts is None:
         workloads = DEMO_WORKLOADS
+    Setting(True, temperature, top_p)
+    text = _read(bits) if bits else None
+    _check_prompts(prompts, names)
     _check_output("--json", json_path)
     _check_output("--html", html)
     loaded, tokenizer = _load(model, dtype, device)
@@ -180,14 +184,11 @@ def compare(
         seeds=seeds,
         tail=tail,
         ignore_eos=ignore_eos,
-        text=_read(bits) if bits else None,
+        text=text,
         trace=trace,
         progress=not quiet,
     )
-    _show(result, result.to_json(), json_path)
-    if html:
-        result.to_html(html)
-        typer.echo(f"report: {html}", err=True)
+    _show(result, result.to_json(), json_path, html)
     return INTERRUPTED if result.partial else OK
 
 
@@ -244,9 +245,11 @@ def choose(
 
     What is not given is asked for on a terminal; elsewhere nothing may change.
     """
-    from tokenry.evaluation import Allowed
+    from tokenry.evaluation import Allowed, Chooser, Setting
     from tokenry.evaluation import choose as run
 
+    Setting(temperature != 0, temperature)
+    Chooser(goal=goal, loss=loss, budget=budget)  # type: ignore[arg-type]
     _check_output("--json", json_path)
     asking = sys.stdin.isatty() and sys.stdout.isatty()
     if asking and model is None:
@@ -272,6 +275,7 @@ def choose(
     )
     if draft and not allowed.second_model:
         raise BadParameter("--draft and --no-second-model exclude each other; leave one out")
+    _check_prompts(prompts, _split(workload))
     loaded, tokenizer = _load(model or "tokenry/code", dtype, device)
     result = run(
         loaded,
@@ -324,16 +328,21 @@ def generate(
     """Continue a text, streamed to standard output."""
     from tokenry.evaluation import Setting, samples
     from tokenry.generation import generate as run
-    from tokenry.generation.full import effective
+    from tokenry.generation.full import check_unicode, effective
+    from tokenry.methods import method as read_method
 
-    chosen = effective(method)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    asked = read_method(method)
+    chosen = effective(asked)
+    text = _read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise BadPrompt("the prompt is empty; give a text to continue")
+    check_unicode(text)
     if temperature is None:
         temperature = 1.0 if samples(chosen) else 0.0
-    setting = Setting(temperature > 0, temperature, top_p, top_k)
+    setting = Setting(temperature != 0, temperature, top_p, top_k)
     loaded, tokenizer = _load(model, dtype, device)
+    if chosen != asked:
+        typer.echo(f"method: {chosen} (drafts need a policy that does not drop tokens after every one)", err=True)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -342,7 +351,12 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **setting.options}
     if stop:
         options["stop_strings"] = stop
-    result = run(loaded, tokenizer, text, method=chosen, stream=None if as_json else write, seed=seed, **options)
+    try:
+        result = run(loaded, tokenizer, text, method=chosen, stream=None if as_json else write, seed=seed, **options)
+    except KeyboardInterrupt:
+        if not as_json:
+            write("\n")  # the message begins a line of its own
+        raise
     if as_json:
         _print_json(
             {
@@ -380,6 +394,9 @@ def methods(
     from tokenry.methods import describe, find, rows
 
     if name is not None:
+        name = name.strip()
+        if bare := re.match(r"([\w.-]+)\s*[:(+]", name):
+            raise BadParameter(f"{name!r} is more than a name; write tokenry methods {bare[1]}")
         row = find(name)
         if as_json:
             _print_json({**asdict(row), "available": row.available})
@@ -503,10 +520,13 @@ def bench_speculation(
 
     Without --methods every drafter runs that can, with its automatic size, and what the checks compare.
     """
+    from tokenry.evaluation import Setting
     from tokenry.evaluation import bench_speculation as run
     from tokenry.methods import method
 
     chosen = [method(text) for text in _methods(methods)] or None
+    Setting(temperature != 0, temperature)
+    _check_prompts(prompts, _split(workload))
     _check_output("--json", json_path)
     loaded, tokenizer = _load(model, dtype, device)
     result = run(
@@ -522,6 +542,87 @@ def bench_speculation(
         repeats=repeats,
         draft=draft,
         temperature=temperature,
+        seed=seed,
+        progress=not quiet,
+    )
+    _show(result, result.to_json(), json_path)
+    if result.partial:
+        return INTERRUPTED
+    return FAILED if result.broken else OK
+
+
+@bench_app.command(
+    "drafters",
+    epilog="Examples:\n\ntokenry bench drafters --part mtp\n\n"
+    "tokenry bench drafters --trained ./trained --json runs/drafters.json",
+)
+def bench_drafters(
+    model: Model = "tokenry/code",
+    part: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="mtp, ftp, hamburger, any-subset or adaspec; by default all."),
+    ] = None,
+    trained: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Holds what `tokenry train` wrote as mtp, ftp, hamburger and any-order (and ftp-tuned); by default "
+            "where it writes.",
+        ),
+    ] = None,
+    workload: Workloads = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Prompts of each task; texts with holes are three times as many.")
+    ] = 14,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt.")] = 96,
+    repeats: Repeats = 7,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the drafters beside plain; 0 is greedy.")] = 0.0,
+    draft: Annotated[
+        str, typer.Option(metavar="NAME", help="The draft model that adaspec distils.")
+    ] = "tokenry/code-draft",
+    text: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="What it is distilled on; by default the standard library.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every distillation.")] = 300,
+    seeds: Annotated[int, typer.Option(min=1, help="Distillations of each kind.")] = 3,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Distil longer, at equal steps, and with controls of the selection too.")
+    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json_path: Json = None,
+    quiet: Quiet = False,
+) -> int:
+    """Measure what the trainers of drafters made, and distil drafts with and without selection side by side.
+
+    A part that is not trained yet is skipped and says how to train it. Exits with 1 where an output is not plain's.
+    """
+    from tokenry.evaluation import Setting
+    from tokenry.evaluation import bench_drafters as run
+    from tokenry.objectives import training_texts
+
+    Setting(temperature != 0, temperature)
+    _check_prompts(None, _split(workload))
+    if text is not None:
+        training_texts(text)
+    _check_output("--json", json_path)
+    loaded, tokenizer = _load(model, dtype, device)
+    result = run(
+        loaded,
+        tokenizer,
+        parts=_split(part) or None,
+        trained=trained,
+        workloads=_split(workload) or ("code",),
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        temperature=temperature,
+        draft=draft,
+        text=text,
+        steps=steps,
+        seeds=seeds,
+        controls=controls,
         seed=seed,
         progress=not quiet,
     )
@@ -557,7 +658,7 @@ def bench_decoding(
     partner: Annotated[
         str | None, typer.Option(metavar="NAME", help="A model with another tokenizer, for the ensemble of bytes.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 32,
     dtype: Dtype = None,
     device: Device = None,
     json_path: Json = None,
@@ -565,13 +666,15 @@ def bench_decoding(
 ) -> int:
     """Measure the decoders against the orderings that their papers promise, over several seeds with costs."""
     from tokenry.evaluation import bench_decoding as run
+    from tokenry.evaluation.decoding import chosen_parts
 
+    parts = chosen_parts(_split(part))
     _check_output("--json", json_path)
     loaded, tokenizer = _load(model, dtype, device)
     result = run(
         loaded,
         tokenizer,
-        parts=_split(part) or None,
+        parts=parts,
         limit=limit,
         seeds=seeds,
         small=small,
@@ -585,20 +688,106 @@ def bench_decoding(
     return INTERRUPTED if result.partial else OK
 
 
+@bench_app.command(
+    "kvcache",
+    epilog="Examples:\n\ntokenry bench kvcache --part quality --json runs/kvcache-quality.json\n\n"
+    "tokenry bench kvcache --part time --methods h2o,sinks --lengths 4096,32768 --no-kvpress",
+)
+def bench_kvcache(
+    model: Model = "tokenry/code",
+    part: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="quality, bits, time or prefill; by default all.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", metavar="LIST", help="Cache policies by text form; by default all available."),
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option("--workload", "-w", metavar="NAMES", help="recall, ruler-single, ...; by default all six."),
+    ] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Of the slots that are kept, may be repeated; by default 0.5 0.25 0.125.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="About how many tokens a prompt has.")] = 800,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts of each task and seed.")] = 2,
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds; 5 are the fewest to claim an ordering from.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 10,
+    bits_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the texts that bits are measured on.")] = 1024,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LIST", help="Tokens that steps are timed behind; by default 4096,8192,16384,32768."),
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=2, help="Tokens of the prompt whose reading is timed.")] = 8192,
+    budget: Annotated[int, typer.Option(min=1, help="Slots that are kept where steps are timed.")] = 512,
+    repeats: Repeats = 7,
+    kvpress: Annotated[bool, typer.Option("--kvpress/--no-kvpress", help="Whether kvpress runs beside.")] = True,
+    peers: Annotated[
+        Path | None,
+        typer.Option(metavar="PYTHON", help="Interpreter with kvpress; by default that of `make peers`."),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_path: Json = None,
+    quiet: Quiet = False,
+) -> int:
+    """Measure cache policies: quality at shares of the cache beside kvpress, bits per byte, time, bytes, prefill.
+
+    Exits with 1 where a policy holds more than its budget, or kvpress reads other tokens.
+    """
+    from tokenry.evaluation import bench_kvcache as run
+    from tokenry.evaluation.kvpress import PRESSES
+
+    counts = _split(lengths)
+    if wrong := [text for text in counts if not text.isdecimal()]:
+        raise BadParameter(f"--lengths {wrong[0]} is not allowed; give numbers of tokens, such as 4096,32768")
+    _check_output("--json", json_path)
+    chosen: dict[str, Any] = {"shares": tuple(share)} if share else {}
+    if counts:
+        chosen["lengths"] = tuple(map(int, counts))
+    loaded, tokenizer = _load(model, dtype, device)
+    result = run(
+        loaded,
+        tokenizer,
+        parts=_split(part) or None,
+        methods=_methods(methods) or None,
+        workloads=_split(workload) or None,
+        tokens=tokens,
+        limit=limit,
+        seeds=seeds,
+        batch_size=batch_size,
+        bits_tokens=bits_tokens,
+        prefill=prefill,
+        budget=budget,
+        repeats=repeats,
+        presses=PRESSES if kvpress else (),
+        peers=peers,
+        progress=not quiet,
+        **chosen,
+    )
+    _show(result, result.to_json(), json_path)
+    if result.partial:
+        return INTERRUPTED
+    return FAILED if result.broken else OK
+
+
 # --- results ------------------------------------------------------------------------------------
 
 
 @app.command(epilog="Example: tokenry results runs --out docs/results")
 def results(
-    places: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER|FILE...", help="JSON that compare or bench speculation wrote.")
-    ],
+    places: Annotated[list[Path], typer.Argument(metavar="FOLDER|FILE...", help="JSON of compare, choose or a bench.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pages go.")] = Path("docs/results"),
 ) -> int:
     """Write one Markdown page a family from measured JSON: what papers claim, what came out, and why they differ."""
     from tokenry.evaluation import write_pages
 
-    for page in write_pages(places, out):
+    try:
+        pages = write_pages(places, out)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        named = ", ".join(map(str, places))
+        raise BadParameter(f"a result in {named} is not whole ({error!r}); measure again or leave it out") from error
+    for page in pages:
         typer.echo(page)
     return OK
 
@@ -744,8 +933,8 @@ def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
         raise BadParameter(f"--dtype {dtype} is not allowed; it must be one of {', '.join(kinds)}")
     try:
         place = torch.device(device or "cpu")
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise BadParameter(f"--device {device} cannot be used here: {reason}") from error
     return load(model, dtype=kinds[dtype] if dtype else None, device=place)
@@ -758,14 +947,37 @@ def _methods(given: Iterable[str] | None) -> list[str]:
 
 
 def _split(given: Iterable[str] | None) -> list[str]:
-    return [name.strip() for part in given or () for name in part.split(",") if name.strip()]
+    names = [name.strip() for part in given or () for name in part.split(",")]
+    if not all(names):
+        raise BadParameter(f"{','.join(names)!r} has an empty place; separate names by single commas")
+    return names
+
+
+def _check_prompts(prompts: Path | None, names: Sequence[str]) -> None:
+    """Raise before a model is loaded if a file of prompts or a workload is not what it should be."""
+    from tokenry.evaluation.running import collect
+
+    # What a pipe holds can be read once.
+    file = prompts if prompts is None or not os.path.exists(prompts) or os.path.isfile(prompts) else None
+    if file is not None or names:
+        collect(file, names or None, limit=1, seed=0)
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadPrompt(f"cannot read {path} as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise BadPrompt(f"{path} is empty; give a file with text")
+    return text
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise BadPrompt(f"standard input is not {error.encoding} text: {error.reason} at byte {error.start}") from error
 
 
 def _console(err: bool = False) -> "Console":
@@ -776,10 +988,33 @@ def _console(err: bool = False) -> "Console":
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(stderr=err, width=150)
 
 
-def _show(result: Any, text: str, json_path: str | None) -> None:
-    """Print a result, to standard error where standard output is for JSON, and write its JSON."""
+class _NotWritten(TokenryError):
+    """A file could not be written after all."""
+
+
+def _show(result: Any, text: str, json_path: str | None, html: Path | None = None) -> None:
+    """Write a result's JSON and HTML and print it, to standard error where standard output is for JSON.
+
+    JSON that cannot be written goes to standard output, so that no figure is lost; then an error is raised.
+    """
+    faults = []
+    if json_path not in (None, "-"):
+        try:
+            _write_json(text, json_path)
+        except OSError as error:
+            faults.append(f"--json {json_path} could not be written ({error.strerror or error}); it is printed instead")
+            json_path = "-"
+    if html is not None:
+        try:
+            result.to_html(html)
+            typer.echo(f"report: {html}", err=True)
+        except OSError as error:
+            faults.append(f"--html {html} could not be written ({error.strerror or error})")
     _console(err=json_path == "-").print(result)
-    _write_json(text, json_path)
+    if json_path == "-":
+        typer.echo(text)
+    if faults:
+        raise _NotWritten("; ".join(faults))
 
 
 def _check_output(option: str, path: str | Path | None) -> None:
@@ -789,12 +1024,18 @@ def _check_output(option: str, path: str | Path | None) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadParameter(f"{option} {path} cannot be written: {error.strerror or error}") from error
-    if path.is_dir():
+        folder = path.is_dir()
+        # Only trying tells: a disk may be read-only, and a superuser may write everywhere else. A pipe would wait.
+        if path.is_file() or not path.exists():
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadParameter(f"{option} {path} cannot be written ({reason}); name another place") from error
+    if folder:
         raise BadParameter(f"{option} {path} is a folder; name a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise BadParameter(f"{option} {path} cannot be written: permission denied")
 
 
 def _write_json(text: str, json_path: str | None) -> None:
@@ -830,23 +1071,36 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(args=given, prog_name="tokenry", standalone_mode=False)
         code = code if isinstance(code, int) else OK
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone (`| head`); keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone (`| head`).
+        _give_up_output()
         return FAILED
     except Exception as error:
         if debug:
             raise
         if isinstance(error, TokenryError):
-            ours = isinstance(error, BadMethod | CacheMisuse)
+            ours = isinstance(error, BadMethod | CacheMisuse | _NotWritten)
             return _complain(str(error), FAILED if ours else MISUSED)
         # Errors of the command line itself come from typer, which names their code.
         if hasattr(error, "format_message"):
             return _complain(error.format_message(), getattr(error, "exit_code", MISUSED))
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _give_up_output()
+        of_files = PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError
+        if isinstance(error, of_files) and error.filename is not None:
+            return _complain(f"{error.filename} cannot be used: {error.strerror}", MISUSED)
         return _complain(f"{type(error).__name__}: {error} (--debug shows where)", FAILED)
     return _complain("interrupted", INTERRUPTED) if code == INTERRUPTED else code
+
+
+def _give_up_output() -> None:
+    """Keep the interpreter from complaining at exit that standard output cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, code: int) -> int:

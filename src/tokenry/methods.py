@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 GROUP = "tokenry.methods"
-ROLES = ("decoder", "policy", "peer", "infiller", "trainer")
+ROLES = ("decoder", "policy", "peer", "infiller", "trainer", "chooser")
 
 _log = logging.getLogger(__name__)
 

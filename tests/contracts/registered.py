@@ -44,6 +44,14 @@ def resources(method: Method, model: PreTrainedModel) -> dict[str, Any]:
     return {} if make is None else make(model)
 
 
+def at_hand(cls: type[Method], model: PreTrainedModel, kind: str = "llama", exact: bool = False) -> None:
+    """Hand over what a policy needs beside a model; ``exact``: so that it changes nothing."""
+    if cls.slug == "kv-prediction":
+        from tests.kvcache.predictors import identical, strange
+
+        (identical(model) if exact else strange(model, kind)).serve(model)
+
+
 def _future_decoder(model: PreTrainedModel) -> dict[str, Any]:
     from tokenry.speculation.future_token_prediction.model import FTPDecoder, config_for
 

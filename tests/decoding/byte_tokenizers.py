@@ -60,6 +60,18 @@ def sentence_piece(merges: list[tuple[str, str]], letters: str = "abc") -> PreTr
     return wrapped
 
 
+def unigram(scores: dict[str, float]) -> PreTrainedTokenizerFast:
+    """SentencePiece's unigram model with bytes for what has no piece, and no blank in front."""
+    special, fallback = ["<unk>", *SPECIAL], [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [(piece, 0.0) for piece in special] + [(piece, -1000.0) for piece in fallback] + list(scores.items())
+    built = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    built.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    wrapped = fast(built)
+    wrapped.add_special_tokens({"unk_token": "<unk>"})
+    return wrapped
+
+
 def word_piece() -> PreTrainedTokenizerFast:
     pieces = ["[UNK]", *SPECIAL, "a", "##b", "##a"]
     built = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+import tokenry
 from tests import tiny
 from tests.decoding import byte_tokenizers as kinds
 from tokenry.decoding import ByteEnsemble, ByteView, next_byte_distribution
@@ -103,7 +104,7 @@ def test_every_string_has_the_probability_of_enumeration(canonical):
 
 
 @pytest.mark.parametrize("text", ("ab ca", "bé a", "a\n", "ca€b"))
-@pytest.mark.parametrize("kind", ("byte-level", "sentence-piece"))
+@pytest.mark.parametrize("kind", ("byte-level", "sentence-piece", "unigram"))
 def test_blanks_and_characters_of_several_bytes(kind, text):
     """SentencePiece spells "é" by three fallback bytes, byte-level BPE by bytes too; "a" as <0x61> is no encoding."""
     if kind == "byte-level":
@@ -111,6 +112,10 @@ def test_blanks_and_characters_of_several_bytes(kind, text):
 
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = kinds.byte_level([*MERGES, ("Ġ", "a"), ("Ġ", "c")], letters)
+        lead = b""
+    elif kind == "unigram":
+        letters = {"\u2581": -3.0, "\n": -5.0, "a": -2.5, "b": -3.5, "c": -3.2}
+        tokenizer = kinds.unigram(letters | {"ab": -5.5, "bc": -4.0, "\u2581a": -4.5, "b\u2581c": -8.0, "ca": -6.5})
         lead = b""
     else:
         tokenizer = kinds.sentence_piece([*MERGES, ("\u2581", "a"), ("\u2581", "b")])
@@ -279,6 +284,10 @@ def test_an_ensemble_is_the_mean_of_its_members():
     # The logarithm is concave, so this holds for every text.
     bits = [own.bits_per_byte(text, "def f():\n    ") for own in singles]
     assert both.bits_per_byte(text, "def f():\n    ") <= sum(bits) / 2 + 1e-12
+    joint, parts = both.start("def f():\n    ").read_members(text.encode())
+    assert float(joint.sum()) == pytest.approx(both.log_prob(text, "def f():\n    "), rel=1e-12)
+    for part, own in zip(parts, singles, strict=True):
+        assert float(part.sum()) == pytest.approx(own.log_prob(text, "def f():\n    "), rel=1e-12)
     twice = ByteEnsemble([first, first], weights=[1, 3], paths="fast")
     assert twice.bits_per_byte(text) == pytest.approx(singles[0].bits_per_byte(text), abs=1e-10)
 
@@ -315,6 +324,20 @@ def test_infilling_moves_what_a_token_could_cross_behind_the_mark():
     assert (before + bytes(state.text)) == b"def returns(value):\n    ret" and state.text.endswith(b"ret")
     assert view.vocabulary.spelled(settled[settled.index(suf) + 1 : settled.index(mid)]) == b"\n    pass"
     assert len(state.generate(max_bytes=5, temperature=0).data) <= 5
+    # As a prompt the same place is the same ids, and what the view chooses there is what `generate` chooses.
+    prompts = [view.infill_ids(f"def returns(value):\n    {cut}", "\n    pass") for cut in ("ret", "return va")]
+    for prompt, cut in zip(prompts, ("ret", "return va"), strict=True):
+        begin = prompt.index(mid) + 1
+        assert prompt[:2] == [1, pre]
+        before = prompt[2 : prompt.index(suf)] + prompt[begin:]
+        assert view.vocabulary.spelled(before) == f"def returns(value):\n    {cut}".encode()
+    options = {"do_sample": False, "max_new_tokens": 6}
+    result = tokenry.generate(view.model, tokenizer, prompts, method="exact-byte-probabilities", **options)
+    spelled = token_bytes(tokenizer)
+    for cut, new in zip(("ret", "return va"), result.new_tokens, strict=True):
+        data = b"".join(spelled[number] for number in new)
+        made = view.infill(f"def returns(value):\n    {cut}", "\n    pass").generate(max_bytes=len(data), temperature=0)
+        assert made.data == data or (made.ended and data.startswith(made.data))
     with pytest.raises(BadParameter, match="marks"):
         ByteView(*members()[0]).infill("a", "b")
 

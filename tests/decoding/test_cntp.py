@@ -26,6 +26,12 @@ def test_number_of_trials_follows_the_rules():
     entropy = torch.tensor([0.0, 0.01, 0.20, 0.43, 0.92, 1.2, 1.5, 9.0])
     assert CNTP().trials(entropy).tolist() == [1, 1, 2, 3, 6, 8, 10, 10]
     assert CNTP(rule="paper").trials(entropy).tolist() == [1, 1, 1, 2, 6, 7, 10, 10]
+    assert CNTP(rule="fixed").trials(entropy).tolist() == [1, 1, 6, 6, 6, 6, 6, 6]
+    assert CNTP(rule="fixed", fixed_trials=3, max_trials=2).trials(entropy).tolist() == [1] * 6 + [3, 3]
+    assert CNTP(rule="inverted").trials(entropy).tolist() == [10, 10, 9, 8, 5, 3, 1, 1]
+    many = torch.linspace(0, 3, 1000)
+    for rule in ("released", "paper", "fixed"):
+        assert bool((CNTP(rule=rule).trials(many).diff() >= 0).all())
 
 
 def test_bad_parameters_are_refused():
@@ -33,6 +39,8 @@ def test_bad_parameters_are_refused():
         CNTP(max_trials=0)
     with pytest.raises(BadParameter, match="entropy_high"):
         CNTP(entropy_low=2.0)
+    with pytest.raises(BadParameter, match="fixed_trials must be at least 2"):
+        CNTP(rule="fixed", fixed_trials=1)
     with pytest.raises(BadParameter, match="punctuation"):
         CNTP(punctuation=(4, -1))
     for ids in ((tiny.VOCABULARY,), (4, 10**6)):
@@ -105,6 +113,41 @@ def test_the_kept_trial_has_the_least_perplexity_and_its_recomputed_value(length
         assert all(token not in MARKS for token in body[:-1]), "a trial ends at its first mark"
         sources = result.sources[row, width + start : width + start + length]
         assert bool((sources == Source.TRIAL).all())
+
+
+def test_entropy_and_perplexity_of_the_models_own_distribution():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.prompts((12, 7))
+    method = CNTP(punctuation=MARKS, distribution="raw")
+    options = {"do_sample": True, "temperature": 0.5, "top_p": 0.8, "top_k": 0, "max_new_tokens": 16}
+    result = model.generate(
+        **inputs, custom_generate=method, return_dict_in_generate=True, tokenry_options=Options(seed=0), **options
+    )
+    segments = result.stats.extra["segments"]
+    assert len(segments) > 3
+    for segment in segments:
+        length = segment["lengths"][segment["kept"]]
+        ids = result.sequences[segment["row"], 12 - (12, 7)[segment["row"]] : 12 + segment["position"] + length][None]
+        with torch.no_grad():
+            logs = model(ids, use_cache=False).logits[0, -length - 1 : -1].float().log_softmax(-1)
+        assert math.isclose(segment["entropy"], -float((logs[0].exp() * logs[0]).sum()), rel_tol=1e-4)
+        mean = logs.gather(1, ids[0, -length:, None]).mean()
+        assert math.isclose(segment["perplexities"][segment["kept"]], math.exp(-float(mean)), rel_tol=1e-4)
+        assert segment["kept"] == segment["perplexities"].index(min(segment["perplexities"]))
+
+
+@pytest.mark.parametrize("rule", ("fixed", "inverted"))
+def test_rules_of_the_ablation_run_their_numbers_of_trials(rule):
+    method = CNTP(punctuation=MARKS, rule=rule)
+    result = tiny.model().generate(
+        **tiny.prompts((12, 7)), do_sample=True, max_new_tokens=12, custom_generate=method,
+        return_dict_in_generate=True, tokenry_options=Options(seed=0), temperature=0.3,
+    )  # fmt: skip
+    segments = result.stats.extra["segments"]
+    assert segments
+    for segment in segments:
+        assert segment["trials"] == int(method.trials(torch.tensor(segment["entropy"])))
+        assert rule != "fixed" or segment["trials"] == 6
 
 
 def _top_p(logits, top_p):

@@ -11,8 +11,8 @@ from tests.evaluation import tiny_text
 from tokenry import cli
 from tokenry.catalogue import BY_SLUG, CACHE, EXACTNESS, ROWS, TRAINING, TRAITS, WAYS
 from tokenry.errors import BadParameter
-from tokenry.evaluation import Allowed, Spread, choose, compare
-from tokenry.evaluation.choose import _choice, _standings, candidates, taxonomy
+from tokenry.evaluation import Allowed, Spread, choose, compare, family_pages
+from tokenry.evaluation.choose import _choice, _standings, candidates, recommendation, taxonomy
 from tokenry.methods import load_class, method
 from tokenry.workloads import Example
 
@@ -28,8 +28,8 @@ QUICK = {"max_new_tokens": 8, "repeats": 1, "progress": False}
 def test_every_way_to_generate_has_its_place_once():
     placed = {form.partition(":")[0] for form in TRAITS}
     able = {row.slug for row in ROWS if row.available and row.family in FAMILIES}
-    trainers = {slug for slug in able if load_class(slug).role == "trainer"}
-    assert able - trainers <= placed
+    others = {slug for slug in able if load_class(slug).role in ("trainer", "chooser")}
+    assert able - others <= placed
     assert placed <= {row.slug for row in ROWS if row.family in FAMILIES}
     for form, traits in TRAITS.items():
         assert traits.way in WAYS and traits.exactness in EXACTNESS
@@ -123,6 +123,23 @@ def test_a_second_model_that_does_not_fit_and_other_errors_are_left_out_with_the
 def test_what_is_not_allowed_is_refused(options):
     with pytest.raises(BadParameter):
         choose(MODEL, TOKENIZER, PROMPTS, **QUICK, **options)
+
+
+def test_a_page_tells_what_was_recommended_and_not_by_speeds_of_few_pairs(chosen, tmp_path):
+    data = json.loads(chosen.to_json())
+    path = tmp_path / "choice.json"
+    path.write_text(json.dumps(data))
+    pages = family_pages([path])
+    assert {"decoding", "speculation"} <= set(pages)
+    assert "most tokens per second, where nothing may change: fewer than 7" in pages["decoding"]
+    assert "### parallel-generation-survey" in pages["decoding"] and chosen.reason not in pages["decoding"]
+    for standing in data["standings"]:
+        standing["speed"]["count"] = 7
+    data["allowed"]["second_model"] = True
+    assert recommendation(data).endswith(
+        f"where second model may change, recommends `{chosen.recommended}` among {len(chosen.standings)} ways: "
+        f"{chosen.reason}."
+    )
 
 
 # --- from figures to a choice -------------------------------------------------------------------

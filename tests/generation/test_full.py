@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.evaluation import tiny_text
 from tokenry.errors import BadParameter, BadPrompt, MethodNotFound, PromptTooLong
 from tokenry.generation import engine, generate
-from tokenry.generation.full import effective
+from tokenry.generation.full import effective, taken
 from tokenry.kvcache import H2O
 from tokenry.methods import method
 from tokenry.models import active_policy
@@ -152,6 +152,8 @@ def test_prompts_that_cannot_be_read(model, tokenizer, prompt, message):
         ({"seed": "1"}, "seed='1' is not allowed"),
         ({"method": "token-recycling", "resources": {"tabel": 1}}, "'tabel' is no resource.*'table'"),
         ({"method": "draft-model+h2o", "resources": {"drafts": 1}}, "'drafts' is no resource.*'draft'"),
+        ({"method": "token-recycling", "resources": {"draft": 1}}, "'draft' is no resource of tok.*; it takes 'table'"),
+        ({"resources": {"draft": 1}}, "'draft' is no resource of plain; it takes none"),
         ({"stop_strings": [3]}, "stop_strings=.3. is not allowed"),
         ({"method": "any-subset-speculative-decoding"}, "it is an infiller"),
     ],
@@ -166,9 +168,9 @@ def test_options_that_change_nothing(model, tokenizer):
     options = {"return_dict_in_generate": True, "assistant_model": None, "stop_strings": [], "streamer": None}
     assert generate(model, tokenizer, "abc", max_new_tokens=np.int64(3), **options).new_tokens == wanted.new_tokens
     # One set of resources may serve several methods.
-    assert generate(model, tokenizer, "abc", max_new_tokens=3, resources={"draft": model}).new_tokens == (
-        wanted.new_tokens
-    )
+    shared = taken(method("plain"), {"draft": model, "tokenizer": tokenizer})
+    assert generate(model, tokenizer, "abc", max_new_tokens=3, resources=shared).new_tokens == wanted.new_tokens
+    assert set(shared) == {"tokenizer"} and set(taken(method("draft-model+h2o"), {"draft": 1, "table": 2})) == {"draft"}
 
 
 def test_a_name_is_no_model(tokenizer):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from tests import tiny
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse, UnsupportedModel
 from tokenry.kvcache import H2O, Random, Sinks
-from tokenry.models import AttentionRows, TokenCache, attached
+from tokenry.models import AttentionRows, TokenCache, active_policy, attached
 
 POLICIES = (H2O, Sinks, Random)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -189,8 +191,6 @@ def test_misuse_is_refused_and_the_model_restored():
     filled = model(ids).past_key_values
     with pytest.raises(CacheMisuse, match="already holds 20 tokens"), policy(model):
         model.generate(torch.cat([ids, ids], 1), past_key_values=filled, max_new_tokens=2)
-    with pytest.raises(CacheMisuse, match="do not nest"), policy(model), Sinks(budget=8)(model):
-        pass
     with pytest.raises(CacheMisuse, match="StaticCache"), policy(model):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
     with pytest.raises(CacheMisuse, match="use_cache"), policy(model):
@@ -201,6 +201,51 @@ def test_misuse_is_refused_and_the_model_restored():
         sliding(ids)
     assert model.config._attn_implementation == "sdpa"
     assert not model._forward_pre_hooks and not model.base_model._forward_pre_hooks
+
+
+def test_blocks_do_not_nest_and_may_be_entered_again():
+    model, other = tiny.model(), tiny.model(seed=1)
+    ids = tiny.prompts((20,))["input_ids"]
+    policy = H2O(budget=8)
+    block = policy(model)
+    with block:
+        wanted = model.generate(ids, **GREEDY)
+        for inner in (block, policy(model), Sinks(budget=8)(model), policy(other)):
+            with (
+                pytest.raises(CacheMisuse, match=r"inside the block of h2o:budget=8: cache policies do not nest"),
+                inner,
+            ):
+                pass
+        # The refusal has not ended the block.
+        assert active_policy(model) is policy
+        assert torch.equal(model.generate(ids, **GREEDY), wanted)
+    for each in (model, other):
+        assert active_policy(each) is None and each.config._attn_implementation == "sdpa"
+        assert not each._forward_pre_hooks and not each.base_model._forward_pre_hooks
+    with block:
+        assert torch.equal(model.generate(ids, **GREEDY), wanted)
+    with pytest.raises(RuntimeError, match="fault"), block:
+        raise RuntimeError("fault")
+    assert active_policy(model) is None and model.config._attn_implementation == "sdpa"
+
+
+def test_one_block_serves_several_threads():
+    model = tiny.model()
+    ids = tiny.prompts((20,))["input_ids"]
+    block = H2O(budget=8)(model)
+    both = threading.Barrier(2)
+
+    def run(_):
+        with block:
+            both.wait(timeout=30)
+            tokens = model.generate(ids, **GREEDY)
+            both.wait(timeout=30)
+        return tokens
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(run, range(2))
+    assert torch.equal(one, two) and not torch.equal(one, model.generate(ids, **GREEDY))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_budgets_below_the_protected_tokens_are_refused():

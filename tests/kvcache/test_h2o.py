@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
 import torch
 
 from tests import tiny
+from tokenry.errors import BadParameter, CacheMisuse
 from tokenry.kvcache import H2O
 from tokenry.models import TokenCache, attached
+from tokenry.speculation import PromptLookup
 
 
 def _eager(model, ids):
@@ -126,3 +132,103 @@ def test_verify_step_adds_committed_rows_only():
                 assert torch.equal(one.slots.positions, two.slots.positions)
                 assert torch.allclose(one.state["mass"], two.state["mass"], atol=1e-9)
                 assert torch.allclose(one.keys, two.keys, atol=1e-9)
+
+
+def _decoded(model, policy, inputs, steps=14, fork=False):
+    """Logits of every step and the positions that each layer holds after it, rows in other order behind the prompt if
+    forked."""
+    logits, held = [], []
+    with attached(model):
+        cache = TokenCache(model, policy)
+        mask = inputs["attention_mask"].bool()
+        cache.stage(valid=None if bool(mask.all()) else mask)
+        model(inputs["input_ids"], past_key_values=cache, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        if fork:
+            cache.reorder_cache(torch.arange(len(mask)).flip(0))
+        for step in range(steps):
+            kept = cache.kept_positions()
+            held.append(
+                [[set(head[head >= 0].tolist()) for own in kept for head in own[row]] for row in range(len(mask))]
+            )
+            token = torch.full((len(mask), 1), 5 + step)
+            out = model(token, past_key_values=cache, position_ids=cache.seen[:, None])
+            logits.append(out.logits[:, -1])
+    return torch.stack(logits), held, cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ("llama", "gpt2", "gemma2"))
+@pytest.mark.parametrize(
+    "policy",
+    (H2O(budget=9), H2O(budget=9, compact_every=4), H2O(budget=0.4), H2O(budget=9, normalise="count"), H2O(budget=30)),
+    ids=str,
+)
+def test_real_drop_equals_mask_simulation(policy, kind):
+    """Dropping slots and hiding them give the same keep sets and the same outputs, also in a padded batch."""
+    model = tiny.model(kind, dtype=torch.float64)
+    inputs = tiny.prompts((26, 17))
+    drop, kept, cache = _decoded(model, policy, inputs, fork=True)
+    hidden, simulated, whole = _decoded(model, replace(policy, variant="mask_simulation"), inputs, fork=True)
+    assert kept == simulated
+    assert torch.allclose(drop, hidden, atol=1e-9)
+    full = [layer for layer in whole.layers if layer.window is None]
+    assert all(layer.size == 40 for layer in full), "nothing is dropped"
+    assert whole.nbytes() >= cache.nbytes()
+    plain, _, _ = _decoded(model, H2O(budget=64), inputs, fork=True)
+    assert not torch.allclose(drop, plain, atol=1e-3), "the budget must matter in this test"
+
+
+@torch.no_grad()
+def test_mask_simulation_generates_and_takes_nothing_back():
+    model = tiny.model()
+    inputs = tiny.prompts((40, 29))
+    options = {"do_sample": False, "max_new_tokens": 16}
+    simulated = H2O(budget=12, variant="mask_simulation")
+    for extra in ({}, {"num_beams": 3}):
+        with H2O(budget=12)(model):
+            wanted = model.generate(**inputs, **options, **extra)
+        with simulated(model):
+            assert torch.equal(model.generate(**inputs, **options, **extra), wanted)
+    spaced = replace(simulated, compact_every=8)
+    with spaced(model):
+        wanted = model.generate(**inputs, **options)
+        drafted = model.generate(**inputs, **options, custom_generate=PromptLookup(), return_dict_in_generate=True)
+    assert torch.equal(drafted.sequences, wanted)
+    with pytest.raises(CacheMisuse, match="cannot go back"):
+        drafted.past_key_values.crop(-1)
+    with pytest.raises(BadParameter, match="variant must be real_drop where positions are rolling"):
+        H2O(variant="mask_simulation", positions="rolling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InOrder(H2O):
+    """H2O whose slots are gathered in the order of time, as the official class for Llama does."""
+
+    ordered: ClassVar[bool] = True
+
+
+@torch.no_grad()
+def test_a_slot_that_is_replaced_holds_the_set_of_sort_and_gather():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.prompts((26, 17))
+    replaced, held, _ = _decoded(model, H2O(budget=9), inputs)
+    gathered, wanted, _ = _decoded(model, _InOrder(budget=9), inputs)
+    assert held == wanted and torch.allclose(replaced, gathered, atol=1e-9)
+    for step, rows in enumerate(held):
+        for row, heads in enumerate(rows):
+            newest = {(25, 16)[row] + step - back for back in range(4)}
+            assert all(len(head) == 9 and newest <= head for head in heads)
+
+
+@torch.no_grad()
+def test_without_a_recent_part_a_new_token_may_go_at_once():
+    model = tiny.model()
+    ids = tiny.prompts((30,))["input_ids"]
+    gone = 0
+    with H2O(budget=6, recent=0.0)(model):
+        cache = model(ids).past_key_values
+        for step in range(10):
+            model(torch.tensor([[5 + step]]), past_key_values=cache)
+            assert all(layer.size == 6 for layer in cache.layers)
+            gone += sum(int((kept[..., -1] != 30 + step).sum()) for kept in cache.kept_positions())
+    assert gone > 0

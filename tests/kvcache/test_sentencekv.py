@@ -174,8 +174,21 @@ def test_reorder_fork_and_select_carry_the_sentences(policy):
             one = model(token, attention_mask=mask, past_key_values=cache, position_ids=cache.seen[:, None])
             two = model(token.flip(0), attention_mask=mask, past_key_values=twin, position_ids=twin.seen[:, None])
             assert torch.allclose(one.logits, two.logits.flip(0), atol=1e-9)
+        # What is left after tokens were taken back goes on as a cache that never held them.
+        fewer = copy.deepcopy(cache)
+        fewer.crop(-3)
+        again = copy.deepcopy(cache)
+        again.crop(-2)
+        again.crop(-1)
+        mask = torch.ones(2, fewer.total + 1, dtype=torch.long)
+        token = torch.tensor([[7], [8]])
+        one, two = (
+            model(token, attention_mask=mask, past_key_values=each, position_ids=each.seen[:, None]).logits
+            for each in (fewer, again)
+        )
+        assert torch.isfinite(one).all() and torch.allclose(one, two, atol=1e-9)
         with pytest.raises(CacheMisuse, match="taken back"):
-            cache.crop(-3)
+            cache.crop(-30)
 
 
 @every_policy

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from tests import tiny
 from tokenry.errors import MissingTokenizer, ResourceError
 from tokenry.models import anatomy, bundled, load, path, resource, weights_hash
+
+load_module = sys.modules["tokenry.models.load"]  # the package gives the function that name
 
 
 @pytest.fixture
@@ -36,6 +42,96 @@ def test_a_folder_without_tokenizer_or_model_is_refused(tmp_path, kind):
         load(tmp_path / "nothing")
     with pytest.raises(ResourceError, match="no bundled model 'tokenry/none'"):
         load("tokenry/none")
+
+
+def test_what_is_no_model_folder_is_refused_before_the_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(load_module, "_ask_hub", lambda *args: pytest.fail("the hub was asked"))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "file.gguf").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for name, words in (
+        ("sub", "no config.json"), ("./nope", "no such folder"), (tmp_path / "nope", "no such folder"),
+        (Path("nope/model"), "no such folder"), ("", "no such folder"), ("file.gguf", "is a file: give the folder"),
+        ("x" * 5000, "cannot be read: File name too long"),
+    ):  # fmt: skip
+        with pytest.raises(ResourceError, match=words):
+            load(name)
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(ResourceError, match=r"'\./locked' cannot be read: Permission denied"):
+        load("./locked")
+
+
+class _Hub:
+    """A hub that gives one answer, and notes what it was asked."""
+
+    def __init__(self, monkeypatch, answer):
+        self.answer, self.asked = answer, []
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", self._model_info)
+        self.loaded = []
+        monkeypatch.setattr(load_module.AutoTokenizer, "from_pretrained", self._load)
+
+    def _model_info(self, name, **options):
+        assert options["timeout"] <= 10
+        self.asked.append(name)
+        if self.answer is not None:
+            raise self.answer
+
+    def _load(self, name, **options):
+        self.loaded.append((name, options.get("local_files_only", False)))
+        raise OSError("stop here")
+
+
+def _response(status):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(status_code=status, headers={}, request=None, url="")
+
+
+def test_the_hub_is_asked_once_and_briefly(monkeypatch, tmp_path):
+    """Ids without a slash, such as gpt2, are real ones too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = _Hub(monkeypatch, ConnectionError("no network"))
+    for name, guess in (
+        ("cod", r"did you mean tokenry/code\?"), ("code-drafd", r"did you mean tokenry/code-draft\?"),
+        ("zzz", "'zzz':"), ("own/zzz", "'own/zzz':"),
+    ):  # fmt: skip
+        with pytest.raises(ResourceError, match=rf"no model .*{guess}.*the hub does not answer \(no network\)"):
+            load(name)
+    assert len(hub.asked) == 4 and hub.loaded == []
+    with pytest.raises(ResourceError, match=r"nor can it be a hub id; give a bundled name.*\./my-model.*owner/name"):
+        load("no such model!")
+    hub.answer = RepositoryNotFoundError("404", response=_response(404))
+    with pytest.raises(ResourceError, match="the hub has none of that name"):
+        load("gpt3")
+    assert hub.loaded == []
+    hub.answer = None
+    with pytest.raises(ResourceError, match="cannot load 'gpt2': stop here"):
+        load("gpt2")
+    assert hub.loaded == [("gpt2", False)]
+
+
+def test_a_copy_serves_where_the_hub_does_not_answer(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **options: "config.json")
+    hub = _Hub(monkeypatch, ConnectionError("no network"))
+    with pytest.raises(ResourceError, match="stop here"):
+        load("gpt2")
+    assert hub.loaded == [("gpt2", True)]
+
+
+def test_broken_files_are_named(folder):
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ResourceError, match="cannot load a causal model from"):
+        load(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(MissingTokenizer, match="no tokenizer that loads"):
+        load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ResourceError, match=r"the config\.json of .* is not JSON"):
+        load(folder)
 
 
 @pytest.mark.parametrize("kind", tiny.SERVED)

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tokenry.speculation import TokenRecycling
-from tokenry.speculation.budget import RankCounts, _filled, best_nodes, forward_costs
+from tokenry.speculation.budget import Growth, _filled, best_size, forward_costs, least_slopes
 
 
 def test_costs_are_filled_in_between():
@@ -14,14 +14,14 @@ def test_costs_are_filled_in_between():
 
 
 def test_the_best_tree_is_the_best_of_all_trees():
-    parents, ranks = [-1, 0, 0, 1, 1, 2, 3], [0, 0, 1, 0, 1, 0, 0]
-    depths = [0, 1, 1, 2, 2, 2, 3]
-    chances = [[0.6, 0.2], [0.5, 0.3], [0.7, 0.1]]
+    children = {0: [(0.6, 1), (0.2, 2)], 1: [(0.5, 3), (0.3, 4)], 2: [(0.5, 5)], 3: [(0.7, 6)]}
+    parents = {child: node for node, brood in children.items() for _, child in brood}
+    chances = {child: chance for brood in children.values() for chance, child in brood}
     for slope in (0.01, 0.1, 0.2, 0.5, 2.0):
         costs = [1 + slope * n for n in range(9)]
-        reach = [1.0]
+        reach = {0: 1.0}
         for node in range(1, 7):
-            reach.append(reach[parents[node]] * chances[depths[node] - 1][ranks[node]])
+            reach[node] = reach[parents[node]] * chances[node]
         trees = [
             nodes
             for count in range(7)
@@ -29,22 +29,21 @@ def test_the_best_tree_is_the_best_of_all_trees():
             if all(parents[n] == 0 or parents[n] in nodes for n in nodes)
         ]
         rates = [(1 + sum(reach[n] for n in nodes)) / costs[len(nodes) + 1] for nodes in trees]
-        chosen = best_nodes(parents, ranks, depths, chances, costs)
+        grown = Growth(0, lambda node, least: children.get(node, []), costs, least_slopes(costs), 9)
+        chosen = grown.nodes[: best_size([grown.reach], costs)]
         assert chosen[0] == 0
         rate = sum(reach[n] for n in chosen) / costs[len(chosen)]
         assert rate == pytest.approx(max(rates))
 
 
-def test_counts_move_from_the_prior_to_what_was_seen():
-    counts = RankCounts(3, (0.5, 0.1), weight=8)
-    assert counts.chances() == [[0.5, 0.1]] * 3
-    for _ in range(2000):
-        counts.add(0, 1)
-        counts.add(1, None)
-    chances = counts.chances()
-    assert chances[0][1] > 0.99 and chances[1][1] < 0.01 and chances[1][0] < 0.01
-    assert chances[2] == chances[1]  # nothing was counted there
-    counts.add(9, 0)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_least_slopes_are_those_of_brute_force(seed):
+    costs = torch.rand(12, generator=torch.Generator().manual_seed(seed)).cumsum(0).tolist()
+    slopes = least_slopes(costs)
+    for n in range(11):
+        every = [(costs[m] - costs[k]) / (m - k) for k in range(n, 11) for m in range(k + 1, 12)]
+        assert slopes[n] == pytest.approx(min(every))
+    assert slopes[11] == float("inf")
 
 
 def test_costs_are_measured_once():
@@ -79,8 +78,7 @@ def test_costs_stop_at_the_models_context():
     got = model.generate(**inputs, max_new_tokens=20, custom_generate=TokenRecycling(template="auto"))
     assert torch.equal(got, model.generate(**inputs, max_new_tokens=20, do_sample=False))
     # Trees of nodes that are all worth drafting end there too.
-    parents, ranks, depths = [-1, *range(79)], [0] * 80, list(range(80))
-    assert len(best_nodes(parents, ranks, depths, [[0.99]] * 80, [1.0] * 65)) == 64
+    assert best_size([[0.99] * 80], [1.0] * 65) == 64
 
 
 @pytest.mark.parametrize("template", ["2.2.2", "auto"])

@@ -13,23 +13,24 @@ from tokenry.errors import BadParameter
 from tokenry.generation import Options
 from tokenry.methods import method
 from tokenry.speculation import PromptLookup
-from tokenry.speculation.goose import Goose, Tree, harmonic_split
-from tokenry.speculation.sources import RecyclingTable, Text
+from tokenry.speculation.goose import Goose, harmonic_split
+from tokenry.speculation.recycling import Tree
+from tokenry.speculation.sources import Text
 
 # Candidates of a table that knows everything: ten ids, none of them below 1000, whose scores fall slowly.
 SCORES = (0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.05, 0.03, 0.02, 0.01)
 
 
-def everything(token, previous):
-    return [(1000 + 17 * (token % 50) + place, score) for place, score in enumerate(SCORES)]
+def everything(context):
+    return [(1000 + 17 * (context[-1] % 50) + place, score) for place, score in enumerate(SCORES)]
 
 
-def nothing(token, previous):
+def nothing(context):
     return []
 
 
 def build(chain, confidence, rate, successors=everything, **options):
-    return Goose(**options).build(7, 3, chain, confidence, rate, successors)
+    return Goose(**options).build((3, 7), chain, confidence, rate, successors)
 
 
 def broods(tree):
@@ -144,7 +145,7 @@ def test_full_confidence_is_the_bypass():
 
 def test_next_spine_tokens_are_not_drafted_again():
     chain = [1000 + 17 * 7, 1000 + 17 * (1119 % 50), 5]
-    assert everything(7, 3)[0][0] == chain[0] and everything(chain[0], 7)[0][0] == chain[1]
+    assert everything((3, 7))[0][0] == chain[0] and everything((7, chain[0]))[0][0] == chain[1]
     tree, spine = build(chain, 0.375, 0.5)
     assert spine == 3
     children = broods(tree)
@@ -164,8 +165,8 @@ def test_no_chain_is_a_tree_of_branches_alone():
 
 
 def test_one_candidate_a_token_makes_chains():
-    def one(token, previous):
-        return everything(token, previous)[:1]
+    def one(context):
+        return everything(context)[:1]
 
     tree, _ = build([], 0.0, 0.5, one)
     assert tree.parents == list(range(-1, 6))
@@ -176,14 +177,14 @@ def test_one_candidate_a_token_makes_chains():
 def test_branches_know_the_token_before():
     seen = set()
 
-    def watched(token, previous):
-        seen.add((token, previous))
-        return everything(token, previous)
+    def watched(context):
+        seen.add(context)
+        return everything(context)
 
     tree, _ = build([100, 101], 0.0, 0.5, watched)
-    pairs = {(token, tree.tokens[parent]) for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True)}
-    assert (7, 3) in seen and (100, 7) in seen and (101, 100) in seen
-    assert seen - {(7, 3)} <= pairs
+    pairs = {(tree.tokens[parent], token) for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True)}
+    assert (3, 7) in seen and (7, 100) in seen and (100, 101) in seen
+    assert seen - {(3, 7)} <= pairs
 
 
 def random_table(generator, vocab=12):
@@ -193,7 +194,7 @@ def random_table(generator, vocab=12):
         ids = torch.randperm(vocab, generator=generator).tolist()
         scores = torch.rand(vocab, generator=generator).sort(descending=True).values.tolist()
         rows[token] = list(zip(ids, scores, strict=True))[: int(torch.randint(0, 10, (1,), generator=generator))]
-    return lambda token, previous: rows[token]
+    return lambda context: rows[context[-1]]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -204,7 +205,7 @@ def test_every_tree_is_well_formed(seed):
     confidence, rate = torch.rand(2, generator=generator).tolist()
     goose = Goose(size=int(torch.randint(2, 70, (1,), generator=generator)), depth=4)
     successors = random_table(generator)
-    tree, spine = goose.build(7, 3, chain, confidence, rate, successors)
+    tree, spine = goose.build((3, 7), chain, confidence, rate, successors)
     budget = goose.size + int(goose.extra * confidence + 1e-9)
     assert len(tree) <= budget + (spine >= budget)
     assert tree.tokens[: spine + 1] == [7, *chain[:spine]] and tree.parents[1 : spine + 1] == list(range(spine))
@@ -215,16 +216,16 @@ def test_every_tree_is_well_formed(seed):
         assert 0 <= parent < node and tree.depths[node] == tree.depths[parent] + 1
         if node > spine:
             before = tree.tokens[tree.parents[parent]] if parent else 3
-            assert tree.tokens[node] in [token for token, _ in successors(tree.tokens[parent], before)]
+            assert tree.tokens[node] in [token for token, _ in successors((before, tree.tokens[parent]))]
             # A branch may leave the spine at any depth, but does not go on below the limit.
             assert tree.depths[node] <= 4 or parent <= spine
-    control = goose.build_isotropic(7, 3, confidence, successors)
+    control = goose.build_isotropic((3, 7), confidence, successors)
     assert len(control) <= budget and max(control.depths) <= 4
     assert all(len(brood) <= 3 for brood in broods(control))
 
 
 def test_the_isotropic_control_fills_the_same_budget_evenly():
-    control = Goose().build_isotropic(7, 3, 0.5, everything)
+    control = Goose().build_isotropic((3, 7), 0.5, everything)
     assert len(control) == 80
     # Breadth first: 1 + 3 + 9 + 27 nodes are full levels, the rest hangs on the fourth.
     assert [control.depths.count(depth) for depth in range(5)] == [1, 3, 9, 27, 40]
@@ -283,7 +284,7 @@ class Watched(Goose):
     def observe(self, session, state, tree, logits, walk):
         deepest = tree.shape.deepest
         rows = [(row.rate, min(row.spine, deepest), list(row.chain)) for row in state.rows]
-        proposed = state.previous is not None
+        proposed = state.recycler.waits
         super().observe(session, state, tree, logits, walk)
         real = torch.ones_like(tree.tokens, dtype=torch.bool) if tree.valid is None else tree.valid
         last, pairs = {}, {}
@@ -307,12 +308,12 @@ class Watched(Goose):
             else:
                 assert state.rows[row].rate == rate
         for token, best in last.items():
-            assert state.table.ids[token].tolist() == best.topk(10).indices.tolist()
+            assert state.recycler.table.ids[token].tolist() == best.topk(10).indices.tolist()
         # 97 * 97 pairs have a row each.
         for (previous, token), best in pairs.items():
             wanted = best.topk(10)
-            assert state.table.row(token, previous) >= tiny.VOCABULARY
-            found = state.table.successors(token, previous)
+            assert state.recycler.table.row((previous, token))[1] == 2
+            found = state.recycler.table.successors((previous, token))
             assert [each for each, _ in found] == wanted.indices.tolist()
             assert [score for _, score in found] == pytest.approx(wanted.values.softmax(-1).tolist(), abs=2e-3)
 
@@ -325,7 +326,7 @@ def test_a_pass_teaches_the_table_every_node_and_the_rate_its_spine(batch):
 
 def test_the_prompt_teaches_tokens_and_pairs_and_padding_neither():
     model, inputs = tiny.model(), tiny.prompts((9, 5))
-    table = RecyclingTable(10, bigrams=65_537, scored=True)
+    table = Goose().new_table()
     run(model, inputs, Goose(), table, max_new_tokens=1)
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -339,10 +340,11 @@ def test_the_prompt_teaches_tokens_and_pairs_and_padding_neither():
             if place:
                 wanted[ids[place - 1], token] = best
     for (previous, token), best in wanted.items():
-        assert [found for found, _ in table.successors(token, previous)] == best
-    assert int((table.pairs >= 0).sum()) == len([pair for pair in wanted if pair[0] >= 0])
+        context = (token,) if previous < 0 else (previous, token)
+        assert [found for found, _ in table.successors(context)] == best
+    assert int((table.keys > 0).sum()) == len([pair for pair in wanted if pair[0] >= 0])
     assert int(table.seen[: tiny.VOCABULARY].sum()) == len({token for _, token in wanted})
-    none = RecyclingTable(10, bigrams=65_537, scored=True)
+    none = Goose().new_table()
     run(model, inputs, Goose(harvest_prompt=False), none, max_new_tokens=1)
     assert none.is_cold
 
@@ -353,9 +355,9 @@ def test_a_prompt_in_pieces_teaches_what_it_teaches_whole():
     inputs["input_ids"] = (torch.arange(3, 49).view(2, 23)) * inputs["attention_mask"]
     tables = []
     for chunk in (None, 5):
-        tables.append(RecyclingTable(10, bigrams=65_537, scored=True))
+        tables.append(Goose().new_table())
         run(model, inputs, Goose(), tables[-1], max_new_tokens=1, prefill_chunk_size=chunk)
-    assert torch.equal(tables[0].pairs, tables[1].pairs) and torch.equal(tables[0].seen, tables[1].seen)
+    assert torch.equal(tables[0].keys, tables[1].keys) and torch.equal(tables[0].seen, tables[1].seen)
     assert torch.equal(tables[0].ids, tables[1].ids)
 
 
@@ -373,11 +375,11 @@ class Recorded(Goose):
 def test_pairs_of_the_root_are_taught_by_chains_and_single_steps_alone():
     model, inputs = tiny.model(seed=2), tiny.prompts((20,), 2)
     for options, taught in (({"size": 1, "extra": 0}, True), ({}, False)):
-        table = RecyclingTable(10, bigrams=65_537, scored=True)
+        table = Goose().new_table()
         decoder = Goose(harvest_prompt=False, **options)
         text = run(model, inputs, decoder, table, max_new_tokens=12).sequences[0].tolist()
         # The first anchor is unknown; no copy is at hand, so its pass drafts nothing.
-        known = [table.row(token, before) >= tiny.VOCABULARY for before, token in itertools.pairwise(text[19:])]
+        known = [table.row(pair)[1] == 2 for pair in itertools.pairwise(text[19:])]
         assert known[0] and all(known[:-2]) == taught
 
 
@@ -435,7 +437,7 @@ def test_the_measured_size_follows_the_cost_of_a_forward():
 
 def test_a_hot_table_helps():
     model, inputs = tiny.model(), tiny.prompts((8,))
-    table = RecyclingTable(10, bigrams=65_537, scored=True)
+    table = Goose().new_table()
     cold, hot = (run(model, inputs, Goose(sources="branches"), table).stats for _ in range(2))
     assert hot.forwards < cold.forwards
 

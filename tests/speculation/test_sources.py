@@ -83,67 +83,94 @@ def logits(*best, vocab=10):
 
 
 def test_pairs_are_looked_up_before_tokens():
-    table = opened(bigrams=101, scored=True)
-    table.learn(torch.tensor([4, 4]), logits([1, 2, 3], [5, 6, 7]), torch.tensor([8, -1]))
-    assert [token for token, _ in table.successors(4)] == [5, 6, 7]
-    assert [token for token, _ in table.successors(4, 8)] == [1, 2, 3]
-    assert [token for token, _ in table.successors(4, 9)] == [5, 6, 7]
-    assert table.successors(3) == table.successors(3, 8) == []
-    assert (table.row(4), table.row(4, 8) >= 10, table.row(3)) == (4, True, -1)
+    table = opened(order=2, contexts=101, scored=True)
+    table.learn(torch.tensor([4, 4]), logits([1, 2, 3], [5, 6, 7]), torch.tensor([[8], [-1]]))
+    assert [token for token, _ in table.successors((4,))] == [5, 6, 7]
+    assert [token for token, _ in table.successors((8, 4))] == [1, 2, 3]
+    assert [token for token, _ in table.successors((9, 4))] == [5, 6, 7]
+    assert table.successors((3,)) == table.successors((8, 3)) == []
+    assert (table.row((4,)), table.row((8, 4))[1], table.row((3,))) == ((4, 1), 2, (-1, 0))
 
 
 def test_scores_are_the_softmax_over_the_candidates_alone():
-    table = opened(bigrams=101, scored=True)
+    table = opened(order=2, contexts=101, scored=True)
     raw = torch.randn(1, 10, generator=torch.Generator().manual_seed(0))
-    table.learn(torch.tensor([4]), raw, torch.tensor([2]))
+    table.learn(torch.tensor([4]), raw, torch.tensor([[2]]))
     best = raw[0].topk(3)
     wanted = best.values.softmax(-1)
-    for found in (table.successors(4), table.successors(4, 2)):
+    for found in (table.successors((4,)), table.successors((2, 4))):
         assert [token for token, _ in found] == best.indices.tolist()
         assert [score for _, score in found] == pytest.approx(wanted.tolist(), abs=1e-3)
     least = float(wanted[1]) + 0.01
-    assert len(table.successors(4, least=least)) == 1
+    assert len(table.successors((4,), least=least)) == 1
 
 
 def test_the_last_occurrence_of_a_token_and_of_a_pair_wins():
-    table = opened(bigrams=101, scored=True)
-    tokens, previous = torch.tensor([4, 4, 5, 4]), torch.tensor([8, 8, 8, 7])
+    table = opened(order=2, contexts=101, scored=True)
+    tokens, previous = torch.tensor([4, 4, 5, 4]), torch.tensor([[8], [8], [8], [7]])
     table.learn(tokens, logits([1, 2, 3], [2, 3, 1], [3, 1, 2], [9, 8, 7]), previous)
-    assert [token for token, _ in table.successors(4)] == [9, 8, 7]
-    assert [token for token, _ in table.successors(4, 8)] == [2, 3, 1]
-    assert [token for token, _ in table.successors(4, 7)] == [9, 8, 7]
+    assert [token for token, _ in table.successors((4,))] == [9, 8, 7]
+    assert [token for token, _ in table.successors((8, 4))] == [2, 3, 1]
+    assert [token for token, _ in table.successors((7, 4))] == [9, 8, 7]
+
+
+def _key(*ids):
+    from tokenry.speculation.sources import _BASE, _PRIME
+
+    return sum((token + 1) * pow(_BASE, place, _PRIME) for place, token in enumerate(reversed(ids))) % _PRIME
+
+
+def test_the_longest_known_context_is_looked_up_and_the_newest_of_equal_ones():
+    table = opened(order=4, contexts=997, scored=True)
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(0, 4, (60,), generator=generator).tolist()
+    raw = torch.randn(60, 10, generator=generator)
+    before = torch.tensor([[text[place - back] if place >= back else -1 for back in (1, 2, 3)] for place in range(60)])
+    for begin in range(0, 60, 7):
+        part = slice(begin, begin + 7)
+        table.learn(torch.tensor(text[part]), raw[part], before[part])
+    newest = {}
+    for place in range(60):
+        for length in range(1, 5):
+            if length <= place + 1:
+                newest[tuple(text[place + 1 - length : place + 1])] = raw[place].topk(3).indices.tolist()
+    for _ in range(200):
+        context = tuple(torch.randint(0, 5, (4,), generator=generator).tolist())
+        known = next((length for length in (4, 3, 2, 1) if context[-length:] in newest), 0)
+        assert table.row(context)[1] == known
+        assert [token for token, _ in table.successors(context)] == newest.get(context[4 - known :], [])
 
 
 def test_pairs_that_share_a_row_do_not_pass_for_each_other_and_the_table_does_not_grow():
-    table = opened(bigrams=2, scored=True)
+    table = opened(order=2, contexts=2, scored=True)
     generator = torch.Generator().manual_seed(0)
     newest = {}
     for _ in range(40):
         tokens, previous = torch.randint(0, 10, (2, 6), generator=generator)
         raw = torch.randn(6, 10, generator=generator)
-        table.learn(tokens, raw, previous)
+        table.learn(tokens, raw, previous[:, None])
         for token, before, row in zip(tokens.tolist(), previous.tolist(), raw, strict=True):
-            newest[(before * 10 + token) % 2] = (before, token, row.topk(3).indices.tolist())
+            newest[_key(before, token) % 2] = (before, token, row.topk(3).indices.tolist())
     assert table.ids.shape == (12, 3)
-    known = [(b, t) for b in range(10) for t in range(10) if table.row(t, b) >= 10]
+    known = [(b, t) for b in range(10) for t in range(10) if table.row((b, t))[1] == 2]
     assert sorted(known) == sorted((b, t) for b, t, _ in newest.values())
     for before, token, best in newest.values():
-        assert [found for found, _ in table.successors(token, before)] == best
+        assert [found for found, _ in table.successors((before, token))] == best
 
 
 def test_a_table_of_pairs_comes_back_as_it_was_saved(tmp_path):
-    table = opened(bigrams=101, scored=True)
-    table.learn(torch.tensor([4, 5]), logits([1, 2, 3], [5, 6, 7]), torch.tensor([8, -1]))
+    table = opened(order=2, contexts=101, scored=True)
+    table.learn(torch.tensor([4, 5]), logits([1, 2, 3], [5, 6, 7]), torch.tensor([[8], [-1]]))
     table.save(tmp_path / "pairs.safetensors")
     again = RecyclingTable.load(tmp_path / "pairs.safetensors")
     for token in range(10):
-        for before in range(-1, 10):
-            assert again.successors(token, before) == table.successors(token, before)
+        for before in range(10):
+            assert again.successors((before, token)) == table.successors((before, token))
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.safetensors"]
 
 
 def test_sizes_that_make_no_table():
-    for bad in ({"k": 0}, {"bigrams": -1}):
+    for bad in ({"k": 0}, {"contexts": -1}, {"order": 2}, {"contexts": 9}, {"order": 0}):
         with pytest.raises(BadParameter):
             RecyclingTable(**bad)
     with pytest.raises(BadParameter, match="10 ids"):
@@ -161,11 +188,12 @@ def run(model, inputs, decoder, table=None, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("decoder", [TokenRecycling(), Goose(sources="branches", bigrams=997)], ids=str)
+@pytest.mark.parametrize(
+    "decoder", [TokenRecycling(), TokenRecycling(template="auto"), Goose(sources="branches", bigrams=997)], ids=str
+)
 def test_a_call_starts_from_a_file_and_leaves_it_as_it_is(decoder, tmp_path):
     model, inputs = tiny.model(), tiny.prompts((8,))
-    scored = isinstance(decoder, Goose)
-    table = RecyclingTable(decoder.k, bigrams=997 if scored else 0, scored=scored)
+    table = decoder.new_table()
     cold = run(model, inputs, decoder, table)
     path = tmp_path / "my.safetensors"
     table.save(path)
@@ -204,21 +232,22 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
         run(model, inputs, TokenRecycling(table=str(tmp_path / "none")))
     with pytest.raises(ResourceError, match="not dict"):
         run(model, inputs, TokenRecycling(), {})
-    with pytest.raises(ResourceError, match=r"k=10, bigrams=65537, scored=True; this one has k=8"):
+    with pytest.raises(ResourceError, match=r"k=10, order=2, contexts=65537, scored=True; this one has k=8"):
         run(model, inputs, Goose(), RecyclingTable())
     opened(vocab=50, k=8).save(tmp_path / "small")
     with pytest.raises(ResourceError, match="50 ids"):
         run(model, inputs, TokenRecycling(table=str(tmp_path / "small")))
 
 
-@pytest.mark.parametrize("decoder", [TokenRecycling(template=20), Goose(size=20)], ids=str)
+@pytest.mark.parametrize(
+    "decoder", [TokenRecycling(template=20), TokenRecycling(template="auto"), Goose(size=20)], ids=str
+)
 def test_threads_share_a_table(decoder):
     """Every thread's text is plain's, whatever the others write in between, and all of them teach the table."""
     model = tiny.model(dtype=torch.float64)
     prompts = [tiny.prompts((8, 5), seed) for seed in range(4)]
     wanted = [model.generate(**inputs, max_new_tokens=30, do_sample=False) for inputs in prompts]
-    scored = isinstance(decoder, Goose)
-    table = RecyclingTable(decoder.k, bigrams=65_537 if scored else 0, scored=scored)
+    table = decoder.new_table()
     got: list = [None] * 4
     stop = threading.Event()
     copies = []

@@ -101,7 +101,7 @@ def test_one_pass_updates_every_token_of_the_tree_and_no_other(batch):
 def test_greedy_is_lossless(template, start, batch):
     model, inputs = tiny.model(dtype=torch.float64), tiny.prompts(batch)
     decoder = TokenRecycling(template=template, harvest_prompt=start != "bare")
-    table = RecyclingTable()
+    table = decoder.new_table()
     if start == "random":
         table.open(tiny.VOCABULARY, CPU)
         table.ids.random_(0, tiny.VOCABULARY, generator=torch.Generator().manual_seed(3))

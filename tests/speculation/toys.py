@@ -17,6 +17,7 @@ class Oracle(Drafter):
     """Drafts a chain of the true continuation, which the test puts into the resources: ids `[batch, length]`."""
 
     slug: ClassVar[str] = "oracle-chain"
+    resources: ClassVar[tuple[str, ...]] = ("truth",)
     depth: int = 4
 
     def propose(self, session: Any, state: Any, room: int) -> DraftTree:

@@ -60,6 +60,23 @@ def test_tokenizer_has_the_reserved_ids_and_loses_nothing(corpus):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+def test_a_unigram_tokenizer_spells_by_bytes_what_it_has_no_piece_for(corpus, tmp_path):
+    _, texts, _ = corpus
+    # Pieces are found in what several words share.
+    words = "returns returned returning unreturned"
+    tokenizer = train_tokenizer([*texts, words, "été"], tmp_path, vocabulary=460, context=64, kind="unigram")
+    names = ["<pad>", "<bos>", "<eos>", "<mask>", "<fim-prefix>", "<fim-middle>", "<fim-suffix>"]
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(7)) and len(tokenizer) <= 460
+    for text in (texts[0], "tabs\tand\r\n  é — 漢字 \x00 12345", "  \n\n   x", "<0x41>"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == 1 and tokenizer.convert_tokens_to_ids("<unk>") not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert len(tokenizer(words)["input_ids"]) < len(words)
+    # What is trained on it are blocks of its ids.
+    blocks = write_blocks(texts, tokenizer, tmp_path, blocks=1, size=512, lengths=(64,), seed=0, copying=(0, 0))
+    assert np.load(blocks).max() < len(tokenizer)
+
+
 def test_infilled_documents_hold_the_whole_text(corpus):
     _, texts, tokenizer = corpus
     documents = Documents(texts, tokenizer, seed=0)

@@ -24,9 +24,8 @@ MARKS = ".,\n?!:;)]}"
 class CNTP(Decoder):
     """Sample several short continuations where the entropy is high, commit the one of least perplexity.
 
-    Cautious Next Token Prediction, arXiv 2507.03038, algorithm 1 with the constants of the authors' runs. Entropy and
-    perplexity are taken on the distribution after temperature, top-p and all other processors. Each trial runs to the
-    first punctuation token or stop. Rows of a batch hesitate independently. It chooses among samples:
+    Cautious Next Token Prediction, arXiv 2507.03038, algorithm 1 with the constants of the authors' runs. Each trial
+    runs to the first punctuation token or stop. Rows of a batch hesitate independently. It chooses among samples:
     ``tokenry.generate`` and the command line sample unless they are told otherwise. The trials of a greedy call would
     all be one text, so such a call decodes as plain does, and a warning says so.
 
@@ -36,7 +35,13 @@ class CNTP(Decoder):
         min_trials: Trials at ``entropy_low``.
         max_trials: Trials at ``entropy_high``.
         rule: How trials grow in between: ``"released"`` is the authors' code (linear from ``min_trials``, rounded
-            down), ``"paper"`` the printed formula (linear from 0, rounded down, at least 1).
+            down), ``"paper"`` the printed formula (linear from 0, rounded down, at least 1). For comparison, as in the
+            authors' ablation: ``"fixed"`` runs ``fixed_trials`` wherever ``"released"`` runs more than one,
+            ``"inverted"`` turns its numbers round (``max_trials`` where the entropy is low).
+        fixed_trials: Trials of the rule ``"fixed"``.
+        distribution: What entropy and perplexity are taken on: ``"warped"`` is the distribution that tokens are drawn
+            from, after temperature, top-p and all other processors; ``"raw"`` is the model's own, on which the
+            thresholds mean something else.
         punctuation: Ids that end a trial, below the model's number of ids; or ``"surface"``: every id that spells only
             marks of ``.,?!:;)]}`` and spaces, or holds a line break; or ``"released"``: the first id of each mark
             encoded alone, as in the authors' code, which misses merged and word-initial forms.
@@ -48,7 +53,9 @@ class CNTP(Decoder):
     entropy_high: float = 1.5
     min_trials: int = 1
     max_trials: int = 10
-    rule: Literal["released", "paper"] = "released"
+    rule: Literal["released", "paper", "fixed", "inverted"] = "released"
+    fixed_trials: int = 6
+    distribution: Literal["warped", "raw"] = "warped"
     punctuation: Literal["surface", "released"] | tuple[int, ...] = "surface"
 
     def validate(self) -> None:
@@ -56,6 +63,7 @@ class CNTP(Decoder):
         self.check("entropy_high", "above entropy_low", self.entropy_high > self.entropy_low)
         self.check("min_trials", "at least 1", self.min_trials >= 1)
         self.check("max_trials", "at least min_trials", self.max_trials >= self.min_trials)
+        self.check("fixed_trials", "at least 2", self.fixed_trials >= 2)
         known = isinstance(self.punctuation, str) or all(token >= 0 for token in self.punctuation)
         self.check("punctuation", "surface, released, or ids of at least 0", known)
 
@@ -64,7 +72,10 @@ class CNTP(Decoder):
         share = ((entropy - self.entropy_low) / (self.entropy_high - self.entropy_low)).clamp(0, 1)
         if self.rule == "paper":
             return (share * self.max_trials).floor().long().clamp(min=1)
-        return (self.min_trials + (self.max_trials - self.min_trials) * share).long()
+        released = (self.min_trials + (self.max_trials - self.min_trials) * share).long()
+        if self.rule == "fixed":
+            return released.clamp(max=1).masked_fill(released > 1, self.fixed_trials)
+        return self.max_trials + self.min_trials - released if self.rule == "inverted" else released
 
     def start(self, session: Session) -> Tensor:
         """Which ids end a trial, bool ``[ids]``."""
@@ -80,13 +91,17 @@ class CNTP(Decoder):
     def step(self, session: Session, state: Tensor) -> Commit:
         logits = session.next_logits()
         scores = session.process(logits)
-        probs = probabilities(scores)
+        probs = probabilities(self._measured(logits, scores))
         # The authors' form of the entropy; 1e-10 keeps removed tokens finite.
         entropy = -(probs * (probs + 1e-10).log()).sum(-1)
         counts = self.trials(entropy).masked_fill(~session.active, 1).tolist()
         if max(counts) == 1 or not session.do_sample:
             return plain_step(session, logits, scores)
         return self._try(session, state, logits, scores, counts, entropy)
+
+    def _measured(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """What entropy and perplexity are taken on."""
+        return scores if self.distribution == "warped" else logits
 
     def _try(
         self, session: Session, ends: Tensor, logits: Tensor, scores: Tensor, counts: list[int], entropy: Tensor
@@ -106,7 +121,7 @@ class CNTP(Decoder):
             tokens = branch.choose(scores)
             if own is not None:
                 tokens, own = torch.where(single, own, tokens), None
-            chosen = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            chosen = self._measured(logits, scores).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             surprise = surprise - chosen.to(surprise.dtype).masked_fill(~branch.active, 0)
             if session.want_logits or session.want_scores:
                 records.append((logits, scores))

@@ -20,11 +20,12 @@ class Check:
         batch_size: Prompts that ran together.
         unit: What `measured` counts.
         measured: The figure of each method, over all tasks.
-        ratio: First figure over second, median and quartiles over the prompts (or pairs) of all tasks; None where the
-            check is no ratio.
+        ratio: First figure over second, median and quartiles over the prompts (or pairs, or seeds) of all tasks; None
+            where the check is no ratio.
         by_task: The same figures' ratio, or count, on each task.
         passed: Whether it held over all tasks.
         clear: Whether both quartiles lie on the side of the verdict.
+        reason: Where it did not hold, what possibly caused it; nobody has looked whether it did.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Check:
     by_task: dict[str, float]
     passed: bool
     clear: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tokenry.catalogue import BY_SLUG, CACHE, EXACTNESS, TRAINING, TRAITS, WAYS, Traits
-from tokenry.errors import BadParameter, TokenryError
+from tokenry.errors import TokenryError
 from tokenry.methods import Combination, Method, load_class, parameters, rows
 from tokenry.methods import method as read_method
 
@@ -39,6 +39,29 @@ PLAIN = "plain"
 _FAMILIES = ("generation", "decoding", "speculation", "kvcache", "external", "peers")
 _SECOND = ("draft", "small")  # parameters of methods that name a second model
 _SURE = 2.0  # standard errors by which a better quality must show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooser(Method):
+    """Choose a way to generate: the taxonomy says which remain, a measurement which of them is best (arXiv 2508.08712).
+
+    The survey's taxonomy and advice, with figures of one's own model in the place of rules; `tokenry choose` runs it.
+
+    Args:
+        goal: What the best method is best in.
+        loss: Quality that may be lost, as a difference of mean scores between 0 and 1.
+        budget: What cache policies keep: slots, or below 1 a share of the prompt.
+    """
+
+    role: ClassVar[str] = "chooser"
+
+    goal: Goal = "speed"
+    loss: float = 0.0
+    budget: float = 0.5
+
+    def validate(self) -> None:
+        self.check("loss", "from 0 to 1", 0 <= self.loss <= 1)
+        self.check("budget", "above 0: slots, or below 1 a share of the prompt", self.budget > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,12 +281,7 @@ def choose(
         BadPrompt, PromptTooLong, MethodNotFound: As `compare` does.
     """
     allowed = allowed or Allowed()
-    if goal not in GOALS:
-        raise BadParameter(f"goal={goal!r} is not allowed; it must be one of {', '.join(GOALS)}")
-    if not 0 <= loss <= 1:
-        raise BadParameter(f"loss={loss} is not allowed; it must be from 0 to 1")
-    if not budget > 0:
-        raise BadParameter(f"budget={budget} is not allowed; give slots, or below 1 a share of the prompt")
+    Chooser(goal=goal, loss=loss, budget=budget)
     asked = [str(read_method(text)) for text in methods]
     if workloads is None and prompts is None:
         workloads = ("code", "recall", "arithmetic", "edit")
@@ -459,6 +477,17 @@ def _reason(chosen: Standing, base: Standing, found: Comparison, goal: Goal) -> 
     mine = [row for row in found.rows if row.label == chosen.label and row.speed.upper < 1]
     slower = ", ".join(f"{row.workload} ({row.speed.median:.2f}×)" for row in mine)
     return said + (f"; slower on {slower}" if slower else "")
+
+
+def recommendation(data: Mapping[str, Any]) -> str:
+    """In one sentence what was recommended, of a choice as it stands in the JSON; no speed of few pairs is a reason."""
+    may = [name.replace("_", " ") for name, free in data["allowed"].items() if free is True and name != "sampled"]
+    asked = f"`tokenry choose` for the {GOALS[data['goal']]}, where {' and '.join(may) or 'nothing'} may change"
+    pairs = min((each["speed"]["count"] for each in data["standings"]), default=0)
+    if pairs < PAIRS and data["goal"] == "speed":
+        return f"{asked}: fewer than {PAIRS} pairs, from which no speed should be claimed."
+    why = f": {data['reason']}" if pairs >= PAIRS else ""
+    return f"{asked}, recommends `{data['label']}` among {len(data['standings'])} ways{why}."
 
 
 # --- the taxonomy as a table --------------------------------------------------------------------

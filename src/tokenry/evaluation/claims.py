@@ -94,6 +94,12 @@ CLAIMS: dict[str, Claim] = {
         f"{_TRAINED} {_SMALL}",
     ),
     # decoding
+    "parallel-generation-survey": Claim(
+        "A taxonomy: three families of parallel generation that remain autoregressive and three that do not, with what "
+        "each trades among speed, quality and resources. It claims no figures of its own.",
+        "The published papers of all families.",
+        "Nothing is claimed that could differ; the recommendation is of one model, text and machine.",
+    ),
     "cntp": Claim(
         "Better than greedy decoding and plain sampling by a clear margin: GSM8K 81.6 (sampled 79.4, greedy 79.8), "
         "MATH 47.1 (41.5 and 41.5), StrategyQA 73.2 (72.0 and 72.9).",

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from tokenry.errors import BadParameter, TokenryError
+from tokenry.errors import BadParameter, BadPrompt, TokenryError
 from tokenry.generation import Plain, Stats
-from tokenry.generation.full import effective
+from tokenry.generation.full import effective, taken
 from tokenry.generation.full import samples as samples
-from tokenry.methods import Combination, Method
+from tokenry.methods import Combination, Method, load_class
 from tokenry.methods import method as read_method
+from tokenry.methods import rows as method_rows
 from tokenry.models import load, resource, weights_hash
 
 from .environment import describe_model, machine, model_name, versions
@@ -32,6 +33,9 @@ REFERENCE = "transformers"
 """The method every speed is a ratio to: transformers' plain `generate`."""
 
 DEFAULT_METHODS = ("plain", "prompt-lookup", "token-recycling", "sinks:budget=256", "h2o:budget=256")
+
+MOST_SEED = 2**62
+"""The largest seed; those of single runs, which lie above it, must fit into 64 bits."""
 
 _SEEDS = {"arithmetic": 3}  # sampled runs of each prompt; one elsewhere
 
@@ -99,17 +103,19 @@ def compare(
     """
     if repeats < 1 or limit < 1 or (seeds is not None and seeds < 1):
         raise BadParameter("repeats, limit and seeds must each be at least 1")
-    if temperature <= 0:
-        raise BadParameter(f"temperature={temperature} is not allowed; it must be above 0 (sample=False is greedy)")
-    if not 0 <= top_p <= 1 or top_k < 0:
-        raise BadParameter(f"top_p={top_p} must be from 0 to 1, and top_k={top_k} at least 0")
+    if abs(seed) > MOST_SEED:
+        raise BadParameter(f"seed={seed} is not allowed; it must be from -{MOST_SEED} to {MOST_SEED}")
+    sampled = Setting(True, temperature, top_p, top_k)
+    if text is not None and not text.strip():
+        raise BadPrompt("the text to measure bits per byte on is empty; give some, or leave it out")
     if isinstance(methods, str | Method | Combination):
         methods = [methods]
     # A row is named after what runs, which for a drafter beside a policy can differ from what was asked for.
     chosen = [effective(each) for each in methods]
     if not chosen:
         raise BadParameter("there are no methods; name at least one, such as plain")
-    variants = _variants(chosen, Setting(True, temperature, top_p, top_k), sample)
+    _check_resources(chosen, resources or {})
+    variants = _variants(chosen, sampled, sample)
     if workloads is None and prompts is None:
         workloads = ("code", "recall", "arithmetic", "edit")
     groups = collect(prompts, workloads, limit=limit, seed=seed)
@@ -161,6 +167,21 @@ def compare(
         },
         partial=partial,
     )
+
+
+def _check_resources(chosen: Sequence[Method | Combination], resources: Mapping[str, Any]) -> None:
+    """Refuse a name that no method takes; one set may serve some of the methods."""
+    lost = set(resources).difference(*(taken(each, resources) for each in chosen))
+    if not lost:
+        return
+    known = {"tokenizer"}
+    for row in method_rows():
+        with contextlib.suppress(TokenryError):  # a method of another package that does not load
+            known.update(load_class(row.slug).resources)
+    if strange := sorted(lost - known):
+        raise BadParameter(
+            f"{', '.join(map(repr, strange))} is no resource of any method; there are {', '.join(sorted(known))}"
+        )
 
 
 def lossless(method: Method | Combination) -> bool:

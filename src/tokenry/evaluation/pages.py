@@ -12,7 +12,11 @@ from typing import Any
 from tokenry.catalogue import BY_SLUG, FAMILIES
 from tokenry.errors import BadParameter
 
+from .choose import recommendation
 from .claims import CLAIMS
+from .decoding import page as decoding
+from .drafters import cell, headers
+from .kvcache import page as kvcache
 from .metrics import PAIRS
 from .results import SCHEMA_VERSION
 from .tables import (
@@ -36,21 +40,30 @@ _SHARED = ("generation", "peers")  # families whose rows stand beside those of a
 
 @dataclass(frozen=True)
 class _File:
-    """A result file: its name, its comparisons, and the checks made of them."""
+    """A result file: its name, its comparisons, and the checks made of them.
+
+    Of `bench drafters` also what it was measured on, and tables that are no comparison. `bench decoding` and
+    `bench kvcache` have no comparison; `choose` has one, and what it recommended.
+    """
 
     name: str
     runs: tuple[Run, ...]
     checks: tuple[Mapping[str, Any], ...] = ()
     skipped: tuple[Mapping[str, Any], ...] = ()
     prompts: Mapping[str, str] | None = None
+    about: Mapping[str, Any] | None = None
+    tables: tuple[Mapping[str, Any], ...] = ()
+    decoding: Mapping[str, Any] | None = None
+    kvcache: Mapping[str, Any] | None = None
+    choice: Mapping[str, Any] | None = None
 
 
 def write_pages(places: Iterable[str | Path], out: str | Path) -> list[Path]:
     """Write one Markdown page for each family that the result files have rows of.
 
     Args:
-        places: JSON files of `compare` or `bench speculation`, or folders of them. In a folder, JSON of other kinds is
-            passed over.
+        places: JSON files of `compare`, `choose`, `bench speculation`, `bench drafters`, `bench decoding` or
+            `bench kvcache`, or folders of them. In a folder, JSON of other kinds is passed over.
         out: The folder of the pages; `out/speculation.md` and so on.
 
     Returns:
@@ -74,6 +87,11 @@ def family_pages(places: Iterable[str | Path]) -> dict[str, str]:
     """Return the pages as text by family; see `write_pages`."""
     files = [found for place in places for found in _read(Path(place))]
     present = {part for file in files for run in file.runs for row in run["rows"] for part in _families(row)}
+    present |= {BY_SLUG[table["method"]].family for file in files for table in file.tables}
+    if any(file.decoding or file.choice for file in files):
+        present.add("decoding")
+    if any(file.kvcache for file in files):
+        present.add("kvcache")
     families = [family for family in FAMILIES if family in present and family not in _SHARED]
     if not families:
         raise BadParameter(
@@ -94,7 +112,7 @@ def _read(place: Path) -> list[_File]:
         raise BadParameter(f"no result file or folder at {str(place)!r}")
     file = _read_file(place)
     if file is None:
-        raise BadParameter(f"{place} is no result of `tokenry compare` or `tokenry bench speculation`")
+        raise BadParameter(f"{place} is no result of `tokenry compare`, `tokenry choose` or `tokenry bench`")
     return [file]
 
 
@@ -105,7 +123,7 @@ def _read_file(path: Path) -> _File | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadParameter(f"cannot read {path} as JSON: {error}") from error
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in ("comparison", "speculation"):
+    if kind not in ("comparison", "speculation", "drafters", "decoding", "kvcache", "choice"):
         return None
     if data.get("schema_version") != SCHEMA_VERSION:
         raise BadParameter(
@@ -114,7 +132,16 @@ def _read_file(path: Path) -> _File | None:
         )
     if kind == "comparison":
         return _File(path.name, (data,))
-    return _File(path.name, tuple(data["runs"]), tuple(data["checks"]), tuple(data["skipped"]), data["prompts"])
+    if kind == "decoding":
+        return _File(path.name, (), decoding=data)
+    if kind == "kvcache":
+        return _File(path.name, (), kvcache=data)
+    if kind == "choice":
+        return _File(path.name, (data["comparison"],), choice=data)
+    found = (path.name, tuple(data["runs"]), tuple(data["checks"]), tuple(data["skipped"]))
+    if kind == "drafters":
+        return _File(*found, about=data, tables=tuple(data["tables"]))
+    return _File(*found, data["prompts"])
 
 
 # --- a page -------------------------------------------------------------------------------------
@@ -131,11 +158,18 @@ def _page(family: str, files: Sequence[_File]) -> str:
     ]
     for file in files:
         runs = [run for run in file.runs if _methods_of(family, run)]
-        if runs:
-            parts += [f"### {file.name}", *_about(file, runs)]
+        tables = [table for table in file.tables if BY_SLUG[table["method"]].family == family]
+        if runs or tables:
+            parts += [f"### {file.name}", *(_about(file, runs) if runs else []), *_trained(file)]
             for run in runs:
                 parts += _tables(family, run)
+            for table in tables:
+                parts += _figures_table(table)
             parts += _checks(family, file)
+        if file.decoding and family == "decoding":
+            parts += [f"### {file.name}", *decoding.section(file.decoding, _table)]
+        if file.kvcache and family == "kvcache":
+            parts += [f"### {file.name}", *kvcache.section(file.kvcache, _table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -166,7 +200,8 @@ def _shown(family: str, run: Run) -> list[Mapping[str, Any]]:
 
 def _about(file: _File, runs: Sequence[Run]) -> list[str]:
     run = runs[0]
-    lines = [f"- {measured_on(run)}; weights {run['model']['weights_hash']}, attention {run['model']['attention']}."]
+    lines = [f"- {recommendation(file.choice)}"] if file.choice else []
+    lines += [f"- {measured_on(run)}; weights {run['model']['weights_hash']}, attention {run['model']['attention']}."]
     lines += [
         f"- {second['resource']} of `{second['method']}`: {second['name']}, weights {second['weights_hash']}."
         for second in run["resources"]
@@ -181,6 +216,23 @@ def _about(file: _File, runs: Sequence[Run]) -> list[str]:
     )
     said = dict.fromkeys(note for each in runs for note in notes(each)[:-1])
     return ["\n".join(lines), " ".join(said)]
+
+
+def _trained(file: _File) -> list[str]:
+    """What the tables of trained drafters were measured on, and how each was trained."""
+    if file.about is None:
+        return []
+    weights, day = file.about["model"]["weights_hash"], file.about["created"][:10]
+    lines = [f"- Tables of trained drafters: {day}, {measured_on(file.about)}; weights {weights}."]
+    for part, facts in file.about["trained"].items():
+        lines.append(f"- {part}: " + ", ".join(f"{name} {value}" for name, value in facts.items()) + ".")
+    return ["\n".join(lines)]
+
+
+def _figures_table(table: Mapping[str, Any]) -> list[str]:
+    names = headers(table["rows"])
+    rows = [[cell(row.get(name)) for name in names] for row in table["rows"]]
+    return [f"#### {table['title']}", _table(names, rows), *([table["note"]] if table["note"] else [])]
 
 
 def _tables(family: str, run: Run) -> list[str]:
@@ -222,8 +274,8 @@ def _checks(family: str, file: _File) -> list[str]:
             for check in file.checks
         ]
         parts += [
-            "Quartiles are over the prompts of all tasks (of speeds, over the pairs). By task, as ratios; losslessness "
-            "as the number of outputs that differ:",
+            "Quartiles are over the prompts of all tasks (of speeds over the pairs, of distillation over the seeds). "
+            "By task, as ratios; losslessness as the number of outputs that differ:",
             _table(["check", *tasks], by_task),
         ]
     if file.skipped:
@@ -243,12 +295,16 @@ def _claims(family: str, files: Sequence[_File]) -> list[str]:
         for row in _methods_of(family, run)
     ]  # fmt: skip
     parts = []
-    for slug in dict.fromkeys(slug for *_, row in rows for slug in _slugs(row)):
+    tables = [(file, table) for file in files for table in file.tables]
+    found = [slug for *_, row in rows for slug in _slugs(row)] + [table["method"] for _, table in tables]
+    more = _decoded(files)
+    for slug in dict.fromkeys([*found, *more]):
         known = BY_SLUG.get(slug)
         if known is None or known.family != family:
             continue
         lines = [f"### {slug}", f"{known.summary}" + (f" *{known.paper}.*" if known.paper else "")]
-        measured = [f"  - {line}" for line in _measured(slug, rows)]
+        measured = [f"  - {line}" for line in _measured(slug, rows) or _measured_alone(slug, tables)]
+        measured += [f"  - {line}" for line in more.get(slug, ())]
         claim = CLAIMS.get(slug)
         points = []
         if claim:
@@ -274,6 +330,34 @@ def _measured(slug: str, rows: Sequence[tuple[_File, Run, Mapping[str, Any]]]) -
         place += f", batch size {batch}" * (batch > 1)
         figures = [f"{what} {_range(values, form)}" for what, values, form in _figures(group) if values]
         found.append(f"`{label}` ({name}: {place}): {', '.join(figures)}.")
+    return found
+
+
+def _decoded(files: Sequence[_File]) -> dict[str, list[str]]:
+    """Lines by method: the figures of the benches of decoders and policies, and what was recommended."""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        lines = decoding.measured(file.decoding, file.name) if file.decoding else {}
+        lines |= kvcache.measured(file.kvcache, file.name) if file.kvcache else {}
+        if file.choice:
+            said = f"{recommendation(file.choice)} ({file.name}: {file.choice['comparison']['model']['name']})"
+            lines = {"parallel-generation-survey": [said]}
+        for slug, own in lines.items():
+            found.setdefault(slug, []).extend(own)
+    return found
+
+
+def _measured_alone(slug: str, tables: Sequence[tuple[_File, Mapping[str, Any]]]) -> list[str]:
+    """One line for each row of a method that has no comparison: its figures."""
+    found = []
+    for file, table in tables:
+        if table["method"] == slug:
+            assert file.about is not None
+            name, *others = headers(table["rows"])
+            place = f"{file.about['model']['name']} on {file.about['machine']['accelerator'] or 'a CPU'}"
+            for row in table["rows"]:
+                figures = [f"{other} {cell(row[other])}" for other in others if row.get(other) is not None]
+                found.append(f"{row[name]} ({file.name}: {place}): {', '.join(figures)}.")
     return found
 
 

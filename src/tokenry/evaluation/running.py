@@ -1,5 +1,6 @@
 """One run of one method over one batch of prompts: timed, counted, cut at the end of text."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
 from tokenry.generation import Stats, generate
-from tokenry.generation.full import check_unicode
+from tokenry.generation.full import check_unicode, taken
 from tokenry.methods import Combination, Method, find
 from tokenry.models import context_length
 from tokenry.workloads import Example, examples, jsonl
@@ -22,12 +23,28 @@ Prompts = str | Path | Example | Sequence[str | Example] | Mapping[str, Sequence
 
 @dataclass(frozen=True)
 class Setting:
-    """How the next token is chosen: greedily, or sampled at a temperature with nucleus and top-k limits."""
+    """How the next token is chosen: greedily, or sampled at a temperature with nucleus and top-k limits.
+
+    Raises:
+        BadParameter: A value is out of range.
+    """
 
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def __post_init__(self) -> None:
+        # Logits divided by less overflow.
+        if self.do_sample and not 1e-6 <= self.temperature < math.inf:
+            raise BadParameter(
+                f"temperature={self.temperature} is not allowed where tokens are sampled; it must be at least 1e-6 "
+                "(greedy decoding is the limit at 0)"
+            )
+        if not 0 <= self.top_p <= 1:
+            raise BadParameter(f"top_p={self.top_p} is not allowed; it must be from 0 to 1 (1 is no limit)")
+        if self.top_k < 0:
+            raise BadParameter(f"top_k={self.top_k} is not allowed; it must be at least 0 (0 is no limit)")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -291,7 +308,8 @@ class Runner:
             result: Any
             if isinstance(method, Peer):
                 options = {**self.options, **variant.setting.options, "max_new_tokens": max_new_tokens}
-                result = method.run(model, batch.input_ids, batch.attention_mask, resources=self.resources, **options)
+                own = taken(method, self.resources)
+                result = method.run(model, batch.input_ids, batch.attention_mask, resources=own, **options)
             else:
                 result = self._generate(variant, batch, max_new_tokens, seed)
             _wait(model)
@@ -321,7 +339,7 @@ class Runner:
             [ids[mask].tolist() for ids, mask in zip(batch.input_ids, masks, strict=True)],
             method=variant.method,
             seed=seed if variant.setting.do_sample else None,
-            resources=self.resources,
+            resources=taken(variant.method, self.resources),
             **{**self.options, **variant.setting.options, "max_new_tokens": max_new_tokens},
         )
 

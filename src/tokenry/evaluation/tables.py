@@ -11,6 +11,7 @@ from rich.text import Text
 from .metrics import PAIRS, Spread
 
 if TYPE_CHECKING:
+    from .drafters import DraftersBench
     from .results import Comparison
     from .speculation import SpeculationBench
 
@@ -151,7 +152,7 @@ def comparison_tables(comparison: "Comparison") -> Group:
     return Group(*_tables(data, columns(data["rows"])), *_dimmed(notes(data)))
 
 
-def speculation_tables(bench: "SpeculationBench") -> Group:
+def speculation_tables(bench: "SpeculationBench | DraftersBench") -> Group:
     """Return the tables of each batch size, the checks, what was skipped, and the notes."""
     parts: list[RenderableType] = []
     said: dict[str, None] = {}
@@ -167,7 +168,7 @@ def speculation_tables(bench: "SpeculationBench") -> Group:
             table.add_row(*check_cells(asdict(check)))
         parts.append(table)
     parts += [Text(f"skipped {each['method']}: {each['reason']}", style="yellow") for each in bench.skipped]
-    return Group(*parts, *_dimmed([*said, SPECULATION_NOTE]))
+    return Group(*parts, *_dimmed([*said, SPECULATION_NOTE] if bench.runs else []))
 
 
 def _data(comparison: "Comparison") -> dict[str, Any]:
@@ -213,6 +214,8 @@ def check_cells(check: Mapping[str, Any]) -> list[str]:
         counts = [f"{name} {value:.0f}" for name, value in measured.items() if value]
         values = ", ".join(counts) or f"0 of each of {len(measured)} methods"
     holds = ("yes" if check["passed"] else "no") + ("" if check["clear"] else ", within the spread")
+    # A result that an earlier release wrote has no reasons.
+    holds += f": {check['reason']}" if check.get("reason") else ""
     return [
         check["statement"],
         str(check["batch_size"]),

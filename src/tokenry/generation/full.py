@@ -81,8 +81,8 @@ def generate(
     Raises:
         BadPrompt: The prompt is empty or cannot be read, or a text in it is no whole Unicode.
         PromptTooLong: The prompt and what is to follow it exceed the model's context.
-        BadParameter: An option is given in another way here or has a value that is not allowed, or the name of a
-            resource is nearly that of one which the method takes.
+        BadParameter: An option is given in another way here or has a value that is not allowed, or the method does not
+            take a resource.
         MethodNotFound, BadParameter, UnsupportedModel: As the method raises.
     """
     if not isinstance(model, torch.nn.Module):
@@ -133,6 +133,13 @@ def effective(given: str | Method | Combination) -> Method | Combination:
         return found
     policy: Any = found.policy
     return Combination(found.decoder, dataclasses.replace(policy, compact_every=_COMPACT_EVERY))
+
+
+def taken(given: Method | Combination, resources: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the resources of a set that a method takes; one set may serve several methods."""
+    parts = (given.decoder, given.policy) if isinstance(given, Combination) else (given,)
+    names = {"tokenizer", *(name for part in parts for name in part.resources)}
+    return {name: value for name, value in (resources or {}).items() if name in names}
 
 
 def samples(given: Method | Combination) -> bool:
@@ -189,12 +196,17 @@ def _check_options(options: dict[str, Any], stream: Any, seed: int | None) -> An
 
 
 def _check_resources(parts: Sequence[Method | None], resources: Mapping[str, Any]) -> None:
-    """Refuse a name that is nearly one the method takes. Others are left alone: one set may serve several methods."""
-    known = ["tokenizer", *(name for part in parts if part is not None for name in part.resources)]
+    """Refuse a name that the method does not take, whose value would be lost."""
+    known = [name for part in parts if part is not None for name in part.resources]
     for name in resources:
+        if name in known or name == "tokenizer":
+            continue
         near = difflib.get_close_matches(str(name), known, n=1)
-        if name not in known and near:
-            raise BadParameter(f"{name!r} is no resource of {parts[0]} (did you mean {near[0]!r}?)")
+        guess = f" (did you mean {near[0]!r}?)" if near else ""
+        owner = "+".join(part.slug for part in parts if part is not None)
+        raise BadParameter(
+            f"{name!r} is no resource of {owner}{guess}; it takes {', '.join(map(repr, known)) or 'none'}"
+        )
 
 
 def _is_streamer(given: Any) -> bool:

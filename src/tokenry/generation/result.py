@@ -73,17 +73,17 @@ class Stats:
     accepted_to: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._walks: list[Tensor] = []
+        self._walks: list[tuple[Tensor, Tensor]] = []
 
     def note_walk(self, deepest: Tensor, accepted: Tensor) -> None:
         """Note for each row how deep a verify step's drafts and its walk reached, both `[batch]`, without waiting for
         the device; `settle` counts them."""
-        self._walks.append(torch.stack([deepest, accepted]))
+        self._walks.append((deepest, accepted))
 
     def settle(self) -> None:
         """Count the walks noted so far into `drafted_to` and `accepted_to`."""
         if self._walks:
-            deepest, accepted = torch.cat(self._walks, 1).cpu()
+            deepest, accepted = (torch.cat(parts).cpu() for parts in zip(*self._walks, strict=True))
             self.drafted_to = _added(self.drafted_to, _reaching(deepest))
             self.accepted_to = _added(self.accepted_to, _reaching(accepted))
             self.accepted_to += [0] * (len(self.drafted_to) - len(self.accepted_to))

@@ -410,8 +410,10 @@ class Session:
         self._record(commit, counts)
         kept = torch.tensor(counts, device=self.device)
         if commit.path is not None:
-            once = self._carry & ~self.active
-            path, slots = commit.path, torch.where(once, 1, kept)
+            path, slots = commit.path, kept
+            if not all(self.alive):
+                # A row just finished caches its anchor once more.
+                slots = torch.where(self._carry & ~self.active, 1, kept)
             if self._unread is not None:
                 read = self._unread.shape[1]
                 before = torch.arange(read, device=self.device).expand(self.batch, -1)
@@ -425,7 +427,10 @@ class Session:
                 self.alive[row] = False
         if not all(self.alive):
             self.active = torch.tensor(self.alive, device=self.device)
-        self.anchor = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
+        if self.batch == 1:
+            self.anchor = self.ids[:, self.lengths[0] - 1]
+        else:
+            self.anchor = self.ids.gather(1, self.length[:, None] - 1)[:, 0]
         self._close_gaps()
         if not self._branch:
             self.stats.committed += sum(counts)

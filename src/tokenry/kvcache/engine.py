@@ -4,46 +4,44 @@ CachePolicy      drops tokens: a policy says which slots are protected and how t
                  the best of each KV head within the budget. Nothing is dropped before a token's own attention has run:
                  eviction follows the output.
 RetrievalPolicy  drops nothing: before the attention of a decode step it chooses the slots that the step attends to.
+PredictionPolicy drops nothing: what the cache holds of a prompt does not come from the model itself.
+SkippingPolicy   drops nothing: it chooses the tokens that the later layers run for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse
+from tokenry.errors import BadParameter, BadPrompt, BudgetTooSmall, CacheMisuse
 from tokenry.methods import Method
-from tokenry.models import AttentionRows, Block, Rows, TokenCache, TokenLayer, attach, detach, policy_block
+from tokenry.models import AttentionRows, Block, PolicyBlock, Rows, TokenCache, TokenLayer, attach, detach
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetedPolicy(Method):
-    """A rule for which past tokens a model attends to; the base of both kinds.
+class BasePolicy(Method):
+    """A rule for what a model's cache holds or which of it a token attends to; the base of all kinds.
 
     ``with policy(model):`` gives every forward of the model inside the block a cache that the policy keeps;
     ``policy.cache(model)`` makes one to pass as ``past_key_values``. Sliding-window layers keep their window; the
     policy rules the full-attention layers. The block holds in the thread that entered it; a thread started inside
     runs without the policy unless it is started with ``contextvars.copy_context().run``.
-
-    Args:
-        budget: Slots of each full-attention layer and KV head, as a count, or below 1 as a share of the real tokens of
-            each row's prompt (``budget=0.25``), rounded down, at least ``least()``. The prompt ends with the first
-            forward of a single token; a prompt in chunks is held to the share of what has come so far.
     """
 
     role: ClassVar[str] = "policy"
     needs_attention: ClassVar[bool] = False
     # Whether it has a `passes` of its own.
     skips: ClassVar[bool] = False
-
-    budget: int | float = 256
+    # Whether layers may hold different tokens though none is dropped.
+    uneven: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # As in H2O(model), or custom_generate=H2O.
@@ -54,29 +52,24 @@ class BudgetedPolicy(Method):
             )
         return super().__new__(cls)
 
-    def validate(self) -> None:
-        if isinstance(self.budget, float):
-            self.check("budget", "a count, or a share above 0 and below 1", 0 < self.budget < 1, BudgetTooSmall)
-            return
-        least = self.least()
-        why = "the protected tokens and one more must fit"
-        self.check("budget", f"at least {least}", self.budget >= least, BudgetTooSmall, why)
-
-    def least(self) -> int:
-        """The smallest budget."""
-        return 1
-
-    def layer_budget(self, layer: TokenLayer) -> int | float:
-        """The budget of one layer (``layer.number``), as a count or a share; every layer has the same by default."""
-        return self.budget
-
-    def slots(self, share: float, length: int) -> int:
-        """Slots that a share of ``length`` tokens gives."""
-        return max(int(share * length), self.least())
-
     def prepare(self, model: PreTrainedModel) -> Any:
         """What it needs beside the model, made or loaded for each cache and kept as ``cache.prepared``."""
         return None
+
+    def before(self, model: PreTrainedModel, cache: TokenCache, inputs: Mapping[str, Any]) -> None:
+        """Do what is to be done before a forward that begins an empty cache.
+
+        Args:
+            model: The model, or the decoder below its head.
+            cache: The empty cache.
+            inputs: Arguments of the forward by name.
+        """
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """What later steps see changes after positions that are multiples of these; drafts are verified at most up to
+        the next of them."""
+        return ()
 
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
         """Take in the attention of the committed rows (only where ``needs_attention``)."""
@@ -86,9 +79,24 @@ class BudgetedPolicy(Method):
         dropped; None: those that it ran for (only where ``skips``)."""
         return None
 
-    def hand_on(self, layer: TokenLayer, rows: Rows, hidden: Tensor) -> Tensor:
-        """Hidden states of the rows that go on, ``[batch, rows, size]``, from the output of the layer."""
-        return rows.taken(hidden)
+    def hand_on(self, layer: TokenLayer, rows: Rows, tensors: list[Tensor]) -> list[Tensor]:
+        """What the rows that go on take with them.
+
+        Args:
+            tensors: The output of the layer ``[batch, rows before, size]``, then what layers are given for each token,
+                ``[batch, rows before, ...]``: positions, rotary angles.
+        """
+        return [rows.taken(tensor) for tensor in tensors]
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has an ``attend`` of its own that is to be used."""
+        return False
+
+    def attend(self, layer: TokenLayer, rows: AttentionRows, value: Tensor) -> Tensor:
+        """The output of the attention of ``rows``, ``[batch, heads, rows, head_dim]``, from ``value`` ``[batch,
+        kv_heads, slots, head_dim]``."""
+        return rows.attend(value)
 
     def after(self, model: PreTrainedModel, cache: TokenCache, input_ids: Tensor | None) -> None:
         """Do what is to be done behind a forward of several tokens, a prompt, a chunk of it or a further turn.
@@ -105,7 +113,7 @@ class BudgetedPolicy(Method):
         Raises:
             BadParameter: It was called as a decoder is, or with something else than a model.
             UnsupportedModel: The model cannot run on Tokenry's attention, or not with this policy.
-            CacheMisuse: Another policy is active in this thread.
+            CacheMisuse: A policy is active in this thread already, this one or another.
         """
         if args or kwargs:
             raise BadParameter(
@@ -118,7 +126,7 @@ class BudgetedPolicy(Method):
                 f"{name}(...)({model!r}) is not allowed; it takes a loaded model: "
                 f"model, tokenizer = tokenry.load(name), then `with {name}(...)(model):`"
             )
-        return policy_block(model, self)  # type: ignore[arg-type]
+        return PolicyBlock(model, self)  # type: ignore[arg-type]
 
     def cache(self, model: PreTrainedModel) -> TokenCache:
         """A cache to pass as ``past_key_values``; the model stays switched for as long as the cache lives."""
@@ -126,6 +134,53 @@ class BudgetedPolicy(Method):
         attach(model, self)  # type: ignore[arg-type]
         cache.on_release = lambda: detach(model, self)  # type: ignore[arg-type]
         return cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetedPolicy(BasePolicy):
+    """A rule for which past tokens a model attends to; the base of the two kinds that choose among them.
+
+    Args:
+        budget: Slots of each full-attention layer and KV head, as a count, or below 1 as a share of the real tokens of
+            each row's prompt (``budget=0.25``), rounded down, at least ``least()``. The prompt ends with the first
+            forward of a single token; a prompt in chunks is held to the share of what has come so far.
+        bits: 8 or 4: older keys and values are stored in codes of so many bits, each token and head for itself with a
+            scale for up to 64 numbers, and decoded where they are read; 0: as the model computes them. A prompt sees
+            itself as it is; a part of one, or a further turn, sees codes of what came before.
+        residual: With ``bits``, a row's tokens are read from their codes once its length reaches a multiple of this,
+            and drafts are verified at most up to there; the last ones, fewer than this, are read as they are (128, as
+            in transformers).
+    """
+
+    budget: int | float = 256
+    bits: Literal[0, 4, 8] = 0
+    residual: int = 128
+
+    def validate(self) -> None:
+        self.check("bits", "0, 4 or 8", self.bits in (0, 4, 8))
+        self.check("residual", "at least 1", self.residual >= 1)
+        if isinstance(self.budget, float):
+            self.check("budget", "a count, or a share above 0 and below 1", 0 < self.budget < 1, BudgetTooSmall)
+            return
+        least = self.least()
+        why = "the protected tokens and one more must fit"
+        self.check("budget", f"at least {least}", self.budget >= least, BudgetTooSmall, why)
+
+    def least(self) -> int:
+        """The smallest budget."""
+        return 1
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return (self.residual,) if self.bits else ()
+
+    def layer_budget(self, layer: TokenLayer) -> int | float:
+        """The budget of one layer (``layer.number``), as a count or a share; every layer has the same by default."""
+        return self.budget
+
+    def slots(self, share: float, length: int) -> int:
+        """Slots that a share of ``length`` tokens gives."""
+        return max(int(share * length), self.least())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +205,20 @@ class CachePolicy(BudgetedPolicy):
 
     compact_every: int = 1
 
+    @property
+    def hides(self) -> bool:
+        """Whether dropped slots are only hidden, for studies of quality: nothing is saved."""
+        return False
+
     def validate(self) -> None:
         self.check("compact_every", "at least 1", self.compact_every >= 1)
+        why = "keys that are turned anew at each step cannot be coded once"
+        self.check("bits", "0 where positions are rolling", not (self.bits and self.rolling), why=why)
         super().validate()
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return (self.compact_every, *super().stops)
 
     @property
     def rolling(self) -> bool:
@@ -205,11 +271,26 @@ class RetrievalPolicy(BudgetedPolicy):
     Args:
         budget: Slots that a decode step attends to in each full-attention layer and head, as a count, or below 1 as a
             share of the real tokens of each row's prompt.
+        offload: Keep all but the newest keys and values of a layer in the CPU's memory, and on the model's device a
+            copy of those that the last step attended to: a step copies what it attends to anew. Prompts in parts and
+            further turns bring a layer's keys and values for the time of its attention. ``cache.copied_slots()`` counts
+            what was copied. On a CPU it saves nothing.
     """
 
     drops: ClassVar[bool] = False
     # Nothing is dropped, so nothing limits how many drafts are verified at once.
     compact_every: ClassVar[int] = 2**30
+
+    offload: bool = False
+
+    def validate(self) -> None:
+        why = "codes stay on the model's device"
+        self.check("offload", "False with bits, or bits=0", not (self.offload and self.bits), why=why)
+        super().validate()
+
+    def offloads(self, layer: TokenLayer) -> bool:
+        """Whether the layer's older keys and values go to the CPU's memory; layers that attend to all keep them."""
+        return self.offload and layer.number >= getattr(self, "dense_layers", 0)
 
     def index(self, layer: TokenLayer, keys: Tensor) -> dict[str, Tensor]:
         """What is kept of new keys ``[batch, kv_heads, new, head_dim]`` beside them, each ``[batch, kv_heads, new,
@@ -219,6 +300,10 @@ class RetrievalPolicy(BudgetedPolicy):
     def settled(self, layer: TokenLayer) -> None:
         """Take in that the tokens of a forward have become part of the text: ``layer.state`` may hold tensors
         ``[batch, ...]`` for summaries of more than one token, replaced and never changed in place."""
+
+    def cropped(self, layer: TokenLayer) -> None:
+        """Take in that the newest tokens were taken back: the layer holds them no more, ``layer.state`` may speak of
+        them."""
 
     def retrieves(self, layer: TokenLayer, block: Block) -> bool:
         """Whether the rows of this block retrieve; the others attend to everything."""
@@ -260,11 +345,135 @@ class RetrievalPolicy(BudgetedPolicy):
         return best.values, best.indices
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictionPolicy(BasePolicy):
+    """A rule for the keys and values that a cache begins with, in place of those that the model would compute.
+
+    Only the last token of the prompt runs through the model, against what was predicted for the others; whatever comes
+    later runs as usual, further turns and the later chunks of a prompt in chunks too. The cache keeps every token. The
+    prompt's outputs are NaN but for its last token's. ``cache.computed_share()`` says which share of the tokens the
+    model's own layers ran for.
+    """
+
+    skips: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
+    # Nothing is dropped, so nothing limits how many drafts are verified at once.
+    compact_every: ClassVar[int] = 2**30
+
+    @abstractmethod
+    def predict(
+        self, cache: TokenCache, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of a prompt but its last token, for each layer as its own forward would have cached them,
+        ``[batch, kv_heads, length, head_dim]``.
+
+        Args:
+            cache: The empty cache, with what ``prepare`` gave in ``prepared``.
+            input_ids: ``[batch, length]``.
+            mask: ``[batch, length]``, 0 for left padding; None: all real.
+            position_ids: ``[batch, length]`` as the model was given them, or None.
+        """
+
+    def before(self, model: PreTrainedModel, cache: TokenCache, inputs: Mapping[str, Any]) -> None:
+        ids: Tensor | None = inputs.get("input_ids")
+        if ids is None:
+            raise CacheMisuse(f"{self.slug} predicts from ids: pass input_ids for the prompt, not inputs_embeds")
+        if ids.shape[1] == 1:
+            return
+        valid = cache.staged(inputs.get("attention_mask"), ids.shape[1])
+        if valid is not None and not bool(valid[:, -1].all()):
+            raise BadPrompt(
+                f"{self.slug}: the prompt is padded on the right: pad it on the left (tokenizer.padding_side = 'left')"
+            )
+        mask = None if valid is None else valid[:, :-1]
+        positions = inputs.get("position_ids")
+        positions = None if positions is None else positions[..., :-1].expand(ids.shape[0], -1)
+        cache.foretell(self.predict(cache, ids[:, :-1], None if mask is None else mask.long(), positions), mask)
+
+    # What the cache asks of a policy that chooses the slots of a step: none are chosen, all are attended to.
+    def index(self, layer: TokenLayer, keys: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def settled(self, layer: TokenLayer) -> None: ...
+
+    def cropped(self, layer: TokenLayer) -> None: ...
+
+    def retrieves(self, layer: TokenLayer, block: Block) -> bool:
+        return False
+
+
+def members(pool: Tensor, starts: Tensor, sizes: Tensor, order: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots of groups, group after group: the ``rank``-th of them all, and whether there are so many.
+
+    Args:
+        pool: The slots of all groups, ``[batch, heads, slots]``.
+        starts: Where each group's first slot stands in the pool, ``[batch, heads, groups]``.
+        sizes: Slots of each group that count for each row, ``[batch, heads, rows, groups]``.
+        order: The groups that each row takes, the first ones first, ``[batch, heads, rows, taken]``.
+        rank: ``[batch, heads, rows, places]``; below 0 none is meant.
+    """
+    sizes = sizes.gather(-1, order)
+    filled = sizes.cumsum(-1)
+    turn = torch.searchsorted(filled, rank.contiguous(), right=True).clamp(max=filled.shape[-1] - 1)
+    within = rank - filled.gather(-1, turn) + sizes.gather(-1, turn)
+    rows = order.shape[2]
+    start = starts[:, :, None].expand(-1, -1, rows, -1).gather(-1, order.gather(-1, turn))
+    index = (start + within).clamp(0, pool.shape[-1] - 1)
+    return pool[:, :, None].expand(-1, -1, rows, -1).gather(-1, index), (rank >= 0) & (rank < filled[..., -1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippingPolicy(BudgetedPolicy):
+    """A rule for the tokens that the later layers run for; each layer holds what it ran for, and drops nothing.
+
+    Args:
+        budget: Prompt tokens that the last layers attend to, as a count or a share of the prompt.
+        compact_every: Choose anew only for every ``compact_every``-th token of a row. Drafters need it above 1.
+    """
+
+    skips: ClassVar[bool] = True
+    uneven: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
+
+    compact_every: int = 1
+
+    def validate(self) -> None:
+        self.check("compact_every", "at least 1", self.compact_every >= 1)
+        why = "layers hold tokens of their own here, which are stored as they came"
+        self.check("bits", "0", not self.bits, why=why)
+        super().validate()
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        # What the first token behind such a position chooses holds up to the next.
+        return (self.compact_every,)
+
+    # What the cache asks of a policy that chooses the slots of a step: none are chosen, all are attended to.
+    def index(self, layer: TokenLayer, keys: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def settled(self, layer: TokenLayer) -> None: ...
+
+    def cropped(self, layer: TokenLayer) -> None: ...
+
+    def offloads(self, layer: TokenLayer) -> bool:
+        return False
+
+    def retrieves(self, layer: TokenLayer, block: Block) -> bool:
+        return False
+
+
 def age_first(layer: TokenLayer, recent: int) -> Tensor:
     """Which slots are among the ``recent`` newest real tokens of their row, ``[batch, 1 or kv_heads, slots]``."""
     positions = layer.slots.places(layer.cache.batch, layer.device)
     newest = positions >= (layer.cache.seen_after - recent)[:, None, None]
     return newest if layer.slots.valid is None else newest & layer.slots.valid
+
+
+def marked(positions: Tensor, real: Tensor, length: int) -> Tensor:
+    """Which positions are among the real ones of ``positions`` ``[batch, count]``, bool ``[batch, length]``."""
+    marks = torch.zeros(positions.shape[0], length + 1, dtype=torch.bool, device=positions.device)
+    return marks.scatter_(1, torch.where(real, positions, length), True)[:, :length]
 
 
 def scramble(positions: Tensor, heads: int, seed: int) -> Tensor:
@@ -281,6 +490,7 @@ def scramble(positions: Tensor, heads: int, seed: int) -> Tensor:
 
 
 __all__ = [
-    "AttentionRows", "BudgetedPolicy", "CacheMisuse", "CachePolicy", "RetrievalPolicy", "TokenLayer", "age_first",
+    "AttentionRows", "BasePolicy", "BudgetedPolicy", "CacheMisuse", "CachePolicy", "PredictionPolicy",
+    "RetrievalPolicy", "SkippingPolicy", "TokenLayer", "age_first", "marked", "members",
     "scramble",
 ]  # fmt: skip

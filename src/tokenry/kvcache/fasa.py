@@ -238,9 +238,7 @@ class FASA(RetrievalPolicy):
         if self.per == "kv":
             score = score.view(batch, kv_heads, -1, rows, score.shape[-1]).sum(2)
         if self.recent:
-            block = layer.cache._block
-            assert block is not None
-            slots, own = layer.positions(block)
+            slots, own = layer.positions(layer.cache.forward_block)
             near = own[:, None, :, None] - slots[:, :, None] < self.recent
             score = score.masked_fill(near, float("inf"))
         return score

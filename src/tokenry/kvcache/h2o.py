@@ -26,6 +26,8 @@ class H2O(CachePolicy):
             advantage of early tokens; not in the paper.
         decay: Factor of all scores at each new token; 1 in the paper.
         positions: ``"rolling"`` counts positions over the held tokens, as the official streaming runs do.
+        variant: ``"real_drop"`` drops slots; ``"mask_simulation"`` keeps them all and hides those that are dropped, as
+            the official studies of quality do: the same outputs, and no memory saved.
     """
 
     needs_attention: ClassVar[bool] = True
@@ -35,10 +37,17 @@ class H2O(CachePolicy):
     normalise: Literal["none", "count"] = "none"
     decay: float = 1.0
     positions: Literal["original", "rolling"] = "original"
+    variant: Literal["real_drop", "mask_simulation"] = "real_drop"
+
+    @property
+    def hides(self) -> bool:
+        return self.variant == "mask_simulation"
 
     def validate(self) -> None:
         self.check("recent", "between 0 and 1", 0 <= self.recent <= 1)
         self.check("decay", "above 0 and at most 1", 0 < self.decay <= 1)
+        why = "rolling positions are counted over the slots that are held"
+        self.check("variant", "real_drop where positions are rolling", not (self.hides and self.rolling), why=why)
         super().validate()
 
     def protected(self) -> int:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel
 
 from tokenry.errors import CacheMisuse, ResourceError
-from tokenry.kvcache.engine import AttentionRows, RetrievalPolicy, TokenLayer
+from tokenry.kvcache.engine import AttentionRows, RetrievalPolicy, TokenLayer, members
 from tokenry.models import TokenCache, loaded_name, path
 from tokenry.vocabulary import token_bytes
 
@@ -127,9 +127,7 @@ class SentenceKV(RetrievalPolicy):
         heads, count = rows.query.shape[1:3]
         last = slice(max(0, count - self.window), None)
         queries = rows.query[:, :, last]
-        block = layer.cache._block
-        assert block is not None
-        _, own = layer.positions(block)
+        _, own = layer.positions(layer.cache.forward_block)
         at = own[:, last]
         if rows.valid is not None:
             at = at.masked_fill(~rows.valid[:, last], -1)
@@ -212,11 +210,9 @@ class SentenceKV(RetrievalPolicy):
         raise NotImplementedError("sentences are scored, not tokens")
 
     def retrieve(self, layer: TokenLayer, query: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        state, block = layer.state, layer.cache._block
-        assert block is not None
-        held = layer.held()[0]
-        batch, heads, _, dim = held.shape
-        new, device = query.shape[2], query.device
+        state, block = layer.state, layer.cache.forward_block
+        batch, heads = layer.shape
+        new, dim, device = query.shape[2], query.shape[3], query.device
         wide = torch.promote_types(query.dtype, torch.float32)
         asked = state["asked"] = query.view(batch, heads, -1, new, dim).to(wide).mean(2)
         budgets = layer.budgets()
@@ -240,7 +236,7 @@ class SentenceKV(RetrievalPolicy):
         total = (same.sum(-1) + first * spoken.sum(-1, keepdim=True))[:, None, :, None]
         among = same[:, None].to(wide)
         mean_query = (among @ asked + share * state["open_query"][:, :, None]) / total
-        mean_key = (among @ held[:, :, -new:].to(wide) + share * state["open_key"][:, :, None]) / total
+        mean_key = (among @ layer.newest(new).to(wide) + share * state["open_key"][:, :, None]) / total
         similar = mean_query @ torch.cat([state["means"], mean_key], 2).transpose(-1, -2)
         # The tokens of the sentences that end, or still run, in the block.
         member = torch.cat([first[:, :, None] & spoken[:, None], same], -1)  # [batch, sentence, tokens]
@@ -260,16 +256,14 @@ class SentenceKV(RetrievalPolicy):
         pool = torch.cat([state["listed"], slots.flatten(1)[:, None].expand(-1, heads, -1)], -1)
 
         order = similar.argsort(dim=-1, descending=True, stable=True)
-        lengths = lengths.gather(-1, order)
-        filled = lengths.cumsum(-1)
         place = torch.arange(max(budgets) - self.recent, device=device)
         rank = (place - state["begun"][:, None]).expand(batch, -1)[:, None, None].expand(-1, heads, new, -1)
-        turn = torch.searchsorted(filled, rank.contiguous(), right=True).clamp(max=filled.shape[-1] - 1)
-        offset = rank - filled.gather(-1, turn) + lengths.gather(-1, turn)
-        base = bases[:, :, None].expand(-1, -1, new, -1).gather(-1, order.gather(-1, turn))
-        index = torch.where(rank < 0, place, base + offset).clamp(0, pool.shape[-1] - 1)
-        chosen = pool[:, :, None].expand(-1, -1, new, -1).gather(-1, index)
-        counts = torch.where(rank < 0, place <= old[:, None, :, None], rank < filled[..., -1:])
+        listed, counts = members(pool, bases, lengths, order, rank)
+        # The prompt's first tokens come first, and stand first in the pool.
+        begun = pool[:, :, None, : place.numel()].expand(-1, -1, new, -1)
+        begun = F.pad(begun, (0, place.numel() - begun.shape[-1]))
+        chosen = torch.where(rank < 0, begun, listed)
+        counts = torch.where(rank < 0, place <= old[:, None, :, None], counts)
         counts = counts & (place < torch.tensor(budgets, device=device)[:, None] - self.recent)[:, None, None]
         near = torch.cat([state["newest"], slots.new_zeros(batch, new) + torch.arange(new, device=device)
                           + layer.size - new], -1)  # fmt: skip
@@ -284,9 +278,7 @@ class SentenceKV(RetrievalPolicy):
         if "listed" not in state:
             self._read(layer)
             return
-        held = layer.held()[0]
-        batch, heads, size, dim = held.shape
-        device = held.device
+        (batch, heads), size, dim, device = layer.shape, layer.size, state["means"].shape[-1], layer.device
         covered = int(state["covered"][0])
         take = size - covered
         if take == 0:
@@ -296,7 +288,7 @@ class SentenceKV(RetrievalPolicy):
         slots = torch.arange(covered, size, device=device).expand(batch, -1)
         mark = layer.indexed("mark")[:, 0, covered:]
         asked = state["asked"].gather(2, mark[:, None, :, 1:].long().expand(-1, heads, -1, dim))
-        keys = held[:, :, covered:].to(asked.dtype)
+        keys = layer.newest(take).to(asked.dtype)
         natural = mark[..., 0].bool() & real
         since = at - _before(at, natural, state["last"]) + 1
         ended = (natural | (since % self.max_sentence == 0)) & real
@@ -325,6 +317,19 @@ class SentenceKV(RetrievalPolicy):
             place = stay.byte().argsort(dim=-1, descending=True, stable=True)[:, :width]
             tokens, when, stay = (part.gather(1, place) for part in (tokens, when, stay))
         state["open"], state["open_at"] = tokens, when.masked_fill(~stay, -1)
+
+    def cropped(self, layer: TokenLayer) -> None:
+        """Group what remains by sentences anew; the queries that judge a prompt must not all be gone."""
+        if "window" not in layer.state:
+            return
+        at = layer.state["window_at"].masked_fill(layer.state["window_at"] >= layer.cache.seen[:, None], -1)
+        if bool((at < 0).all(-1).any()):
+            raise CacheMisuse(
+                f"{self} judges the prompt by its last {self.window} queries, and all of them are taken back: start "
+                "from the whole prompt, or use a larger window"
+            )
+        layer.state = {"window": layer.state["window"], "window_at": at}
+        self._read(layer)
 
     def _close(
         self, layer: TokenLayer, keys: Tensor, when: Tensor, tokens: Tensor, whose: Tensor, closing: Tensor, ends: int

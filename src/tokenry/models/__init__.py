@@ -7,7 +7,7 @@ attention   the function every layer calls inside a block, and the block
 """
 
 from tokenry.models.anatomy import Anatomy, anatomy, context_length
-from tokenry.models.attention import active_policy, attach, attached, detach, policy_block
+from tokenry.models.attention import PolicyBlock, active_policy, attach, attached, detach
 from tokenry.models.cache import Policy, TokenCache, TokenLayer
 from tokenry.models.load import bundled, load, loaded_name, path, resource, trained_folder, weights_hash
 from tokenry.models.rotary import Rotary, planes
@@ -16,7 +16,7 @@ from tokenry.models.slots import Block, Slots
 from tokenry.models.statistics import AttentionRows
 
 __all__ = [
-    "Anatomy", "AttentionRows", "Block", "Policy", "Rotary", "Rows", "Slots", "TokenCache", "TokenLayer",
-    "active_policy", "anatomy", "attach", "attached", "bundled", "context_length", "detach", "load", "loaded_name",
-    "path", "planes", "policy_block", "resource", "trained_folder", "weights_hash",
+    "Anatomy", "AttentionRows", "Block", "Policy", "PolicyBlock", "Rotary", "Rows", "Slots", "TokenCache",
+    "TokenLayer", "active_policy", "anatomy", "attach", "attached", "bundled", "context_length", "detach", "load",
+    "loaded_name", "path", "planes", "resource", "trained_folder", "weights_hash",
 ]  # fmt: skip

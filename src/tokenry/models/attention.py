@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.models import compat
 from tokenry.models.anatomy import check_decoder, check_plain
 from tokenry.models.cache import Policy, TokenCache, TokenLayer, current, set_current
+from tokenry.models.entrance import entrance
 from tokenry.models.rows import guard
 from tokenry.models.statistics import AttentionRows
 
@@ -71,12 +73,15 @@ def attention(
         slots, counts = found
         output = _chosen(layer, query, slots, counts, scaling, softcap)
     else:
-        watched = layer.policy is not None and layer.policy.needs_attention
-        if watched or softcap is not None:
+        policy = layer.policy
+        watched = policy is not None and policy.needs_attention
+        if watched or softcap is not None or (policy is not None and policy.skips):
             rows = AttentionRows(query, key, allowed, causal, scaling, softcap, block.valid)
         # No fused kernel of torch bounds logits. On CPUs products in blocks of rows are faster than the fused kernel
         # and statistics beside it, which would cost one of the products again.
-        if rows is not None and (softcap is not None or query.device.type == "cpu"):
+        if rows is not None and policy is not None and policy.attends:
+            output = policy.attend(layer, rows, value)
+        elif rows is not None and (softcap is not None or (watched and query.device.type == "cpu")):
             output = rows.attend(value)
         else:
             output = _fused(query, key, value, allowed, causal, scaling)
@@ -207,6 +212,9 @@ def _before(
             kwargs = {**kwargs, "past_key_values": given}
     if isinstance(given, TokenCache) and current() is not given:
         given.ready()
+        if given.policy is not None and given.total == 0:
+            names = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            given.policy.before(module, given, names | names.get("kwargs", {}))  # type: ignore[arg-type]
     set_current(given if isinstance(given, TokenCache) else None)
     return args, kwargs
 
@@ -285,7 +293,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None) -> None:
             attachment.skipping += 1
             if attachment.skipping == 1:
                 try:
-                    attachment.guards = guard(model)
+                    attachment.guards = [*guard(model), entrance(model)]
                 except UnsupportedModel:
                     detach(model, policy)
                     raise
@@ -308,21 +316,32 @@ def detach(model: PreTrainedModel, policy: Policy | None = None) -> None:
             _attachments.pop(model).undo()
 
 
-@contextlib.contextmanager
-def policy_block(model: PreTrainedModel, policy: Policy) -> Iterator[PreTrainedModel]:
+class PolicyBlock(contextlib.AbstractContextManager[PreTrainedModel]):
     """Every forward of ``model`` in this thread fills a cache that ``policy`` keeps.
 
+    A block may be entered again once it was left, and by several threads at the same time.
+
     Raises:
-        CacheMisuse: Another policy is active in this thread.
+        CacheMisuse: A policy is active in this thread already, the same one or another.
     """
-    if _policy.get() is not None:
-        raise CacheMisuse("cache policies do not nest: leave the block of the first before entering another")
-    with attached(model, policy):
-        token = _policy.set(_Activation(model, policy))
-        try:
-            yield model
-        finally:
-            _policy.reset(token)
+
+    def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
+        self.model, self.policy = model, policy
+
+    def __enter__(self) -> PreTrainedModel:
+        active = _policy.get()
+        if active is not None:
+            raise CacheMisuse(
+                f"{self.policy} was entered inside the block of {active.policy}: cache policies do not nest, whatever "
+                "their models; leave the first block before entering another"
+            )
+        attach(self.model, self.policy)
+        _policy.set(_Activation(self.model, self.policy))
+        return self.model
+
+    def __exit__(self, *error: object) -> None:
+        _policy.set(None)  # blocks do not nest, so nothing was active before
+        detach(self.model, self.policy)
 
 
 def active_policy(model: PreTrainedModel) -> Policy | None:

@@ -4,15 +4,15 @@ Two regimes. On a model's own attention it behaves as transformers' ``DynamicCac
 :func:`tokenry.models.attached` the attention function asks it for each layer's mask, so rows may progress unequally,
 layers may hold different tokens, and the new tokens may form a tree.
 
-Reading order: ``slots.py`` (which tokens stand where, the tokens of one forward), :class:`TokenLayer` (storage),
-:class:`TokenCache` (all layers).
+Reading order: ``slots.py`` (which tokens stand where, the tokens of one forward), ``storage.py`` (buffers, codes of a
+few bits, another device), :class:`TokenLayer` (one layer), :class:`TokenCache` (all layers).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -27,6 +27,7 @@ from tokenry.models.rotary import Rotary
 from tokenry.models.rows import Rows
 from tokenry.models.slots import Block, Slots, replaced
 from tokenry.models.statistics import AttentionRows
+from tokenry.models.storage import Offloaded, dequantised, fetched, grown, picked, quantised, slot_nbytes
 
 _GROWTH = 64
 
@@ -41,10 +42,22 @@ class Policy(Protocol):
     """Whether ``observe`` is to be called."""
     skips: ClassVar[bool]
     """Whether later layers may run for other tokens than a forward's own."""
+    uneven: ClassVar[bool]
+    """Whether layers may hold different tokens though none is dropped: those that did not run for a token lack it."""
+
+    @property
+    def attends(self) -> bool:
+        """Whether ``attend`` is to give the output of the attention."""
+        ...
 
     @property
     def compact_every(self) -> int:
         """Tokens are dropped after positions that are multiples of this."""
+        ...
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """What later steps see changes after positions that are multiples of these."""
         ...
 
     def prepare(self, model: PreTrainedModel) -> Any:
@@ -59,6 +72,10 @@ class Policy(Protocol):
         """Slots that a share of ``length`` tokens gives."""
         ...
 
+    def before(self, model: PreTrainedModel, cache: TokenCache, inputs: Mapping[str, Any]) -> None:
+        """A forward with these arguments is about to begin an empty cache."""
+        ...
+
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
         """Take in the attention of the committed rows; all state is already ``[batch, heads, slots]``."""
         ...
@@ -67,8 +84,12 @@ class Policy(Protocol):
         """The rows that the layers behind this one run for; None: those that it ran for."""
         ...
 
-    def hand_on(self, layer: TokenLayer, rows: Rows, hidden: Tensor) -> Tensor:
-        """Hidden states of the rows that go on, ``[batch, rows, size]``, from a layer's output."""
+    def hand_on(self, layer: TokenLayer, rows: Rows, tensors: list[Tensor]) -> list[Tensor]:
+        """What the rows that go on take with them, of a layer's output and what layers are given for each token."""
+        ...
+
+    def attend(self, layer: TokenLayer, rows: AttentionRows, value: Tensor) -> Tensor:
+        """The output of the attention, ``[batch, heads, rows, head_dim]``."""
         ...
 
     def after(self, model: PreTrainedModel, cache: TokenCache, input_ids: Tensor | None) -> None:
@@ -85,6 +106,11 @@ class Evicting(Policy, Protocol):
     @property
     def rolling(self) -> bool:
         """Whether positions are counted over the tokens that are held."""
+        ...
+
+    @property
+    def hides(self) -> bool:
+        """Whether dropped slots are only hidden."""
         ...
 
     def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
@@ -124,6 +150,10 @@ class Retrieving(Policy, Protocol):
         """The new tokens of a forward have become part of the text."""
         ...
 
+    def cropped(self, layer: TokenLayer) -> None:
+        """The newest tokens were taken back."""
+        ...
+
 
 class _Window:
     """The rule of a sliding-window layer: the newest tokens stay, and some before them, so that a few can be taken
@@ -133,8 +163,10 @@ class _Window:
     ordered: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = False
     skips: ClassVar[bool] = False
-    rolling = False
+    uneven: ClassVar[bool] = False
+    rolling = hides = attends = False
     compact_every = 1
+    stops: tuple[int, ...] = ()
     spare = _GROWTH // 2
 
     def __init__(self, window: int) -> None:
@@ -157,11 +189,16 @@ class _Window:
     def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
         return {}
 
+    def before(self, model: PreTrainedModel, cache: TokenCache, inputs: Mapping[str, Any]) -> None: ...
+
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None: ...
 
     def passes(self, layer: TokenLayer, rows: AttentionRows | None) -> Rows | None: ...
 
-    def hand_on(self, layer: TokenLayer, rows: Rows, hidden: Tensor) -> Tensor:
+    def hand_on(self, layer: TokenLayer, rows: Rows, tensors: list[Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def attend(self, layer: TokenLayer, rows: AttentionRows, value: Tensor) -> Tensor:
         raise NotImplementedError
 
     def after(self, model: PreTrainedModel, cache: TokenCache, input_ids: Tensor | None) -> None: ...
@@ -182,11 +219,13 @@ class TokenLayer(CacheLayerMixin):
         window: Sliding window in tokens, or None.
         slots: Which tokens the slots hold. Layers that drop nothing share the cache's.
         state: What the policy keeps for each slot, ``[batch, kv_heads, slots]`` by name.
+        beside: What it keeps beside that, ``[batch, ...]`` by name; set with :meth:`lay`, never changed in place.
         reads: Slots that the rows of decode steps attended to, counted for each row and head, and those they could
             have attended to; kept where the policy retrieves.
         ran: Tokens of each row that ran through the layer, padding included.
         products: Pairs of a query and a key that its attention multiplied, for each row and head.
         evicted: Whether a slot was ever dropped.
+        far: Where older keys and values stand, if on another device.
         scaling: Factor of the layer's attention logits, known once it ran.
     """
 
@@ -198,13 +237,24 @@ class TokenLayer(CacheLayerMixin):
         self._cache = weakref.ref(cache)
         self.window, self.number = window, number
         self.policy: Policy | None = cache.policy if window is None else _Window(window)
-        self.slots = cache.slots if not self._drops else Slots()
+        self.slots = cache.slots if not self._apart else Slots()
         self.state: dict[str, Tensor] = {}
+        self.beside: dict[str, Tensor] = {}
         self.reads = [0, 0]
         self.ran = self.products = 0
         self.scaling = 1.0
-        # Beside the keys and values, in buffers that grow with theirs.
+        # Beside the keys and values, in buffers of as many slots: what a policy keeps of keys, and codes.
         self._index: dict[str, Tensor] = {}
+        # The first slot in the buffers of keys and values; those before stand elsewhere.
+        self._base = 0
+        self.far: Offloaded | None = None
+        # Of slots with codes, those at a row's positions from here on are read as they came, [batch].
+        self._exact_from: Tensor | None = None
+        ruled = self.policy is not None and window is None
+        self.bits: int = getattr(self.policy, "bits", 0) if ruled else 0
+        self._residual: int = getattr(self.policy, "residual", 0)
+        self._offloads: bool = ruled and getattr(self.policy, "offload", False) and self.policy.offloads(self)  # type: ignore[union-attr]
+        self._nbytes = 0
         # The budget of each row, or of all, and the policy at each of them.
         self._budgets: list[int] | None = None
         self._at: dict[int, Evicting] = {}
@@ -226,6 +276,11 @@ class TokenLayer(CacheLayerMixin):
         return self.policy is not None and self.policy.drops
 
     @property
+    def _apart(self) -> bool:
+        """Whether it holds tokens of its own choice."""
+        return self.policy is not None and (self.policy.drops or self.policy.uneven)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and KV heads."""
         if self._keys is None:
@@ -244,17 +299,51 @@ class TokenLayer(CacheLayerMixin):
 
     @size.setter
     def size(self, size: int) -> None:
-        if self._keys is not None and self._values is not None:
-            for tensor in (self._keys, self._values, *self._index.values()):
-                slot = tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-                self.cache.held_nbytes += (size - self._size) * slot
         self._size = size
+        self.account()
+
+    def account(self) -> None:
+        """Count the bytes that the layer holds on the model's device."""
+        if self._keys is None or self._values is None:
+            return
+        held = (slot_nbytes(self._keys) + slot_nbytes(self._values)) * (self._size - self._base)
+        held += sum(map(slot_nbytes, self._index.values())) * self._size
+        held += sum(part.numel() * part.element_size() for part in self.beside.values())
+        held += 0 if self.far is None else self.far.staged_nbytes
+        self.cache.held_nbytes += held - self._nbytes
+        self._nbytes = held
+
+    def lay(self, name: str, tensor: Tensor) -> None:
+        """Keep ``[batch, ...]`` beside the keys and values; it counts among the bytes that are held."""
+        self.beside[name] = tensor
+        self.account()
+
+    @property
+    def cold(self) -> bool:
+        """Whether slots stand elsewhere than in buffers of the model's own precision and device."""
+        return self._base > 0 or self._exact_from is not None
+
+    @property
+    def home(self) -> torch.device:
+        """The device on which older keys are read for a search."""
+        return self.device if self.far is None else self.far.home
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the slots that are held."""
+        """Keys and values of the slots that are held, brought from elsewhere for the time that they are used."""
+        keys, values = self._near()
+        return self._whole(keys, values) if self.cold else (keys, values)
+
+    def _near(self) -> tuple[Tensor, Tensor]:
         if self._keys is None or self._values is None:
             raise CacheMisuse("this cache is empty: run the model on a prompt first")
-        return self._keys[:, :, : self.size], self._values[:, :, : self.size]
+        near = self.size - self._base
+        return self._keys[:, :, :near], self._values[:, :, :near]
+
+    def newest(self, count: int) -> Tensor:
+        """Keys of the newest slots, which a forward wrote, ``[batch, kv_heads, count, head_dim]``."""
+        assert self._keys is not None
+        end = self.size - self._base
+        return self._keys[:, :, end - count : end]
 
     def indexed(self, name: str) -> Tensor:
         """What a retrieving policy keeps of the keys of the slots that are held, ``[batch, kv_heads, slots, size]``."""
@@ -265,9 +354,109 @@ class TokenLayer(CacheLayerMixin):
 
         Keys and values are read through this alone once a step has retrieved, so where they stand is its business.
         """
-        keys, values = self._keys, self._values
-        assert keys is not None and values is not None
-        return _fetched(keys, slots), _fetched(values, slots)
+        near = self._near()
+        if not self.cold:
+            return fetched(near[0], slots), fetched(near[1], slots)
+        parts = [fetched(part, (slots - self._base).clamp(min=0)) for part in near] if near[0].shape[2] else None
+        if self.far is not None:
+            here = slots < self._base
+            there = self.far.fetch(slots, here)
+            self.account()
+        else:
+            batch, _ = self.shape
+            own = self._exact().expand(batch, slots.shape[1], -1)
+            here = ~own.gather(-1, slots.flatten(2)).view(slots.shape)
+            there = self._decoded(slots)
+        if parts is None:
+            return there[0], there[1]
+        keys, values = (torch.where(here[..., None], old, new) for old, new in zip(there, parts, strict=True))
+        return keys, values
+
+    def keys_at(self, slots: Tensor) -> Tensor:
+        """Keys of the slots ``[batch, kv_heads or heads, rows, chosen]``, on :attr:`home`, where ``slots`` is, too."""
+        if not self.cold or self.far is None:
+            return self.fetch(slots)[0] if self.cold else fetched(self._near()[0], slots)
+        old = self.far.keys(slots.clamp(max=self._base - 1))
+        near = self._near()[0].to(self.far.home)
+        if near.shape[2] == 0:
+            return old
+        new = fetched(near, (slots - self._base).clamp(min=0))
+        return torch.where((slots < self._base)[..., None], old, new)
+
+    def _whole(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All slots in the model's precision, on its device."""
+        parts = []
+        if self.far is not None:
+            parts = [torch.cat(pair, 2) for pair in zip(self.far.whole(), (keys, values), strict=True)]
+        else:
+            exact = self._exact()[:, :, self._base :, None]
+            for whole, near in zip(self._decoded(None), (keys, values), strict=True):
+                whole[:, :, self._base :] = torch.where(exact, near, whole[:, :, self._base :])
+                parts.append(whole)
+        brought = sum(part.numel() * part.element_size() for part in parts)
+        self.cache.peak_nbytes = max(self.cache.peak_nbytes, self.cache.held_nbytes + brought)
+        return parts[0], parts[1]
+
+    def _exact(self, positions: Tensor | None = None) -> Tensor:
+        """Which slots are read as they came, ``[batch, 1 or kv_heads, slots]``; those under way all are."""
+        assert self._exact_from is not None
+        if positions is None:
+            positions = self.slots.places(self.shape[0], self.device)
+        exact = positions >= self._exact_from[:, None, None]
+        exact = torch.nn.functional.pad(exact, (0, self.size - exact.shape[-1]), value=True)
+        exact[..., : self._base] = False
+        return exact
+
+    def _decoded(self, slots: Tensor | None) -> list[Tensor]:
+        """Keys and values from their codes: of all slots, or of those asked for."""
+        parts = []
+        for name in ("keys", "values"):
+            codes = (self.indexed(f"{name}.{part}") for part in ("codes", "scale", "low"))
+            chosen = [part if slots is None else fetched(part, slots) for part in codes]
+            parts.append(dequantised(chosen[0], chosen[1], chosen[2], self.bits, self.dtype))
+        return parts
+
+    def cool(self, many: bool, positions: Tensor | None = None) -> None:
+        """After tokens became text: let older slots stand where the policy wants them, in codes or elsewhere.
+
+        Args:
+            many: Whether there were several, a prompt or a part of it.
+            positions: Of all slots, ``[batch, 1 or kv_heads, slots]``; None: those of :attr:`slots`.
+        """
+        if self._keys is None:
+            return
+        near = self.size - self._base
+        if self.far is not None and near > (_GROWTH if many else 2 * _GROWTH):
+            keys, values = self._near()
+            away = near - _GROWTH
+            self.far.append(keys[:, :, :away], values[:, :, :away])
+            self._shed(away)
+        elif self.bits:
+            seen = self.cache.seen_after
+            start = seen - seen % self._residual
+            if bool((start > (0 if self._exact_from is None else self._exact_from)).any()):
+                self._exact_from = start
+                exact = self._exact(positions).flatten(0, 1).any(0)
+                first = int(exact.byte().argmax()) if bool(exact.any()) else self.size
+                self._shed(first - self._base)
+
+    def _shed(self, count: int) -> None:
+        """Let go of the first slots of the buffers."""
+        if count <= 0:
+            return
+        keys, values = self._near()
+        self._keys, self._values = keys[:, :, count:].clone(), values[:, :, count:].clone()
+        self._base += count
+        self.account()
+
+    def shorten(self, count: int) -> None:
+        """Drop the newest slots."""
+        size = self.size - count
+        if size < self._base:
+            self._base = size
+            if self.far is not None:
+                self.far.crop(size)
+        self.size = size
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -290,8 +479,12 @@ class TokenLayer(CacheLayerMixin):
         index = {}
         if self.policy is not None and not self.policy.drops:
             index = cast(Retrieving, self.policy).index(self, key_states)
+        if self.bits:
+            for name, states in (("keys", key_states), ("values", value_states)):
+                index |= {f"{name}.{part}": code for part, code in quantised(states, self.bits).items()}
         self._write(key_states, value_states, index)
-        keys, values = self.held()
+        # Where the rows retrieve they fetch what they attend to, and nothing else is brought.
+        keys, values = self._near() if self.cold and self.will_retrieve(key_states.shape[2]) else self.held()
         # The attention function is given tensors alone; this is how it finds the layer they belong to.
         keys._tokenry_layer = self  # type: ignore[attr-defined]
         return keys, values
@@ -299,20 +492,36 @@ class TokenLayer(CacheLayerMixin):
     def _write(self, keys: Tensor, values: Tensor, index: dict[str, Tensor] | None = None) -> None:
         if self._keys is None or self._values is None:
             self.lazy_initialization(keys, values)
+            if self._offloads:
+                self.far = Offloaded(keys.device)
             # A prompt is kept as it came: no copy, and no more memory than it takes.
             self._keys, self._values, self._index = keys, values, index or {}
             self.size = keys.shape[2]
             return
-        end = self.size + keys.shape[2]
-        if end > self._keys.shape[2]:
-            room = end + self._evicting.compact_every if self._drops else max(end + _GROWTH, end + end // 8)
-            self._keys, self._values = (_grown(tensor, room, self.size) for tensor in (self._keys, self._values))
-            self._index = {name: _grown(tensor, room, self.size) for name, tensor in self._index.items()}
-        self._keys[:, :, self.size : end] = keys
-        self._values[:, :, self.size : end] = values
+        self._keys = self._put(self._keys, keys, self.size - self._base)
+        self._values = self._put(self._values, values, self.size - self._base)
         for name, new in (index or {}).items():
-            self._index[name][:, :, self.size : end] = new
-        self.size = end
+            self._index[name] = self._put(self._index[name], new, self.size)
+        self.size += keys.shape[2]
+
+    def _put(self, buffer: Tensor, new: Tensor, start: int) -> Tensor:
+        """A buffer with new slots from ``start`` on, the same one where there is room."""
+        end = start + new.shape[2]
+        if end > buffer.shape[2]:
+            tight = self._drops and self.evicted
+            room = end + self._evicting.compact_every if tight else max(end + _GROWTH, end + end // 8)
+            buffer = grown(buffer, room, start)
+        buffer[:, :, start:end] = new
+        return buffer
+
+    def will_retrieve(self, new: int) -> bool:
+        """Whether the rows of the forward that writes ``new`` slots retrieve."""
+        if self.policy is None or self.policy.drops:
+            return False
+        block, staged = self.cache._block, self.cache._staged
+        if block is None:  # the first layer opens it later
+            block = Block(new, None, None, staged is not None and staged[2])
+        return cast(Retrieving, self.policy).retrieves(self, block)
 
     # One forward -----------------------------------------------------------------------------------------------------
     def mask(self, block: Block) -> tuple[Tensor | None, bool]:
@@ -335,9 +544,17 @@ class TokenLayer(CacheLayerMixin):
         if not policy.retrieves(self, block):
             return None
         found = policy.retrieve(self, query, visible)
+        if found is None and self.cold:
+            found = self._everything(block.new, visible)
         self.reads[0] += block.new * (self.size if found is None else found[0].shape[-1])
         self.reads[1] += block.new * self.size
         return found
+
+    def _everything(self, rows: int, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """All slots as a choice, so that they are fetched and not brought anew at each step."""
+        batch, heads = self.shape
+        slots = torch.arange(self.size, device=self.device).expand(batch, heads, rows, -1)
+        return slots, None if visible is None else visible.expand(batch, heads, rows, -1)
 
     def positions(self, block: Block) -> tuple[Tensor, Tensor]:
         """Positions of the slots, the block's own behind the old ones, ``[batch, 1 or kv_heads, slots]``, and of the
@@ -386,8 +603,14 @@ class TokenLayer(CacheLayerMixin):
             return
         if block.deferred:
             self.pending = rows.kept() if rows is not None and policy.needs_attention else None
+            if block.before:
+                # What runs in front of the drafts is text whatever becomes of them.
+                valid = None if block.valid is None else block.valid[:, : block.before]
+                self._take(block.before, valid, self._new_positions(block)[:, : block.before], True)
+            if policy.uneven:
+                self.cache.next_rows = policy.passes(self, rows)
             return
-        if policy.drops:
+        if self._apart:
             self._take(block.new, block.valid, self._new_positions(block), block.apart)
         if policy.needs_attention and rows is not None:
             policy.observe(self, rows)
@@ -395,12 +618,18 @@ class TokenLayer(CacheLayerMixin):
             self.cache.next_rows = policy.passes(self, rows)
         if policy.drops:
             self.evict(block.new > 1)
+            self.cool(block.new > 1)
+        elif block.new > 1 and not policy.uneven and (self.bits or self.far is not None):
+            # At once, so that no two layers hold a whole prompt.
+            self.cool(True, self.positions(block)[0])
 
     def _take(self, count: int, valid: Tensor | None, positions: Tensor, apart: bool = False) -> None:
         assert self._keys is not None
         batch, heads = self._keys.shape[:2]
         told = apart or self.slots.positions is not None or valid is not None
         self.slots.append(count, valid, positions if told else None, batch, self.device)
+        if not self._drops:
+            return
         for name, new in self._evicting.fresh(positions, heads).items():
             self.state[name] = torch.cat([self.state[name], new], -1) if name in self.state else new
 
@@ -441,7 +670,7 @@ class TokenLayer(CacheLayerMixin):
             keep = self._kept(budgets)
         if keep is None:
             return
-        if due is not None or keep.dtype == torch.bool:
+        if due is not None or keep.dtype == torch.bool or policy.hides:
             # Rows that are not due keep their tokens, and heads may keep unequal numbers: the tensors stay as long as
             # the longest of them.
             chosen = keep if keep.dtype == torch.bool else self._marked(keep)
@@ -449,6 +678,9 @@ class TokenLayer(CacheLayerMixin):
                 chosen = chosen | ~due[:, None, None]
             held, _ = self.slots.materialise(chosen.shape[0], self.device)
             self.slots.valid = held & chosen
+            if policy.hides:
+                self.evicted = True
+                return
             longest = int(self.slots.valid.sum(-1).max())
             keep = self.slots.valid.byte().argsort(dim=-1, descending=True, stable=True)[..., :longest].sort(-1).values
         self.gather(keep)
@@ -462,8 +694,10 @@ class TokenLayer(CacheLayerMixin):
         return (
             self.size == budget + 1
             and self.evicted
+            and not policy.hides
             and not policy.ordered
             and not policy.rolling
+            and not self.bits
             and self._keys is not None
             and self._values is not None
             and self._keys.is_contiguous()
@@ -502,17 +736,29 @@ class TokenLayer(CacheLayerMixin):
                 chosen = torch.where((rows == budget)[:, None, None], marked, chosen)
         return None if bool(chosen.all()) else chosen
 
+    def staying(self) -> Tensor | None:
+        """The slots that stay if all rows drop tokens now, bool ``[batch, kv_heads, slots]``; None: all."""
+        return self._kept(self.budgets())
+
     def gather(self, keep: Tensor) -> None:
         """Keep the slots ``keep`` ``[batch, kv_heads, kept]`` of each head and drop the others."""
         assert self._keys is not None and self._values is not None
         # Room for the tokens that come before slots are next dropped, so that none of them copies the rest once more.
-        room = keep.shape[-1] + (self._evicting.compact_every if self._drops else 1)
+        spare = self._evicting.compact_every if self._drops else 1
         if self._drops and self._evicting.rolling and not self.evicted:
             places = self.slots.places(keep.shape[0], self.device)
             assert self.cache.rotary is not None
             self._keys = self.cache.rotary.turn(self.held()[0], -places)
-        picks = torch.cat([keep, keep[..., -1:].expand(-1, -1, room - keep.shape[-1])], -1)
-        self._keys, self._values = _picked(self._keys, picks), _picked(self._values, picks)
+        # Heads may drop unequal numbers of the slots that have codes alone: what stands behind those of the head that
+        # keeps fewest has a place in the buffers, read or not.
+        base = int((keep < self._base).sum(-1).min()) if self._base else 0
+        near = (keep[..., base:] - self._base).clamp(min=0)
+        picks = torch.cat([near, near[..., -1:].expand(-1, -1, spare if near.shape[-1] else 0)], -1)
+        self._keys, self._values = picked(self._keys, picks), picked(self._values, picks)
+        if self._index:
+            picks = torch.cat([keep, keep[..., -1:].expand(-1, -1, spare)], -1)
+            self._index = {name: picked(buffer, picks) for name, buffer in self._index.items()}
+        self._base = base
         self.size = keep.shape[-1]
         self.slots.gather(keep)
         for name, tensor in self.state.items():
@@ -527,20 +773,23 @@ class TokenLayer(CacheLayerMixin):
         base = self.size - block.new
         if not straight:
             index = path[:, None, :, None]
-            for buffer in (self._keys, self._values, *self._index.values()):
-                new = buffer[:, :, base : self.size]
+            near = base - self._base
+            beside = [(buffer, base) for buffer in self._index.values()]
+            for buffer, start in ((self._keys, near), (self._values, near), *beside):
+                new = buffer[:, :, start : start + block.new]
                 chosen = new.gather(2, index.expand(-1, buffer.shape[1], -1, buffer.shape[-1]))
-                buffer[:, :, base : base + take] = chosen
+                buffer[:, :, start : start + take] = chosen
         self.size = base + take
         if self.policy is None:
             return
-        if self.policy.drops:
+        if self._apart:
             self._take(take, valid, self.cache.seen_before.unsqueeze(-1) + torch.arange(take, device=self.device))
         if self.pending is not None:
             self.policy.observe(self, self.pending.path(path, valid, base))
             self.pending = None
         if self.policy.drops:
             self.evict(False)
+            self.cool(False)
 
     # transformers' interface -----------------------------------------------------------------------------------------
     def get_seq_length(self) -> int:
@@ -554,43 +803,27 @@ class TokenLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor) -> None:
         if self._keys is not None:
-            keys, values = self.held()
+            keys, values = self._near()
             self._keys, self._values = keys.index_select(0, rows), values.index_select(0, rows)
             self._index = {name: self.indexed(name).index_select(0, rows) for name in self._index}
+            if self.far is not None and self.far.size:
+                self.far.select(rows)
+            if self._exact_from is not None:
+                self._exact_from = self._exact_from.index_select(0, rows)
         self._budgets = None
         if self.slots is not self.cache.slots:
             self.slots.select(rows)
-        self.state = {name: tensor.index_select(0, rows) for name, tensor in self.state.items()}
+        self.state = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.state.items()}
+        self.beside = {name: tensor.index_select(0, rows) for name, tensor in self.beside.items()}
 
     def reset(self) -> None:
         self._size, self._keys, self._values, self.state, self.evicted = 0, None, None, {}, False
         self._index, self._budgets, self.reads = {}, None, [0, 0]
+        self._base, self._nbytes, self.far, self._exact_from = 0, 0, None, None
+        self.beside = {}
         self.ran = self.products = 0
         self.is_initialized = False
-        self.slots = Slots() if self._drops else self.cache.slots
-
-
-def _picked(buffer: Tensor, picks: Tensor) -> Tensor:
-    """Slots ``picks`` ``[batch, heads, kept]`` of ``[batch, heads, slots, head_dim]``, copied whole rows at a time."""
-    batch, heads, slots, dim = buffer.shape
-    first = torch.arange(batch * heads, device=buffer.device).view(batch, heads, 1) * slots
-    return buffer.reshape(-1, dim).index_select(0, (picks + first).flatten()).view(batch, heads, -1, dim)
-
-
-def _fetched(buffer: Tensor, slots: Tensor) -> Tensor:
-    """Slots ``[batch, heads, rows, chosen]`` of ``[batch, kv_heads, slots, head_dim]``, where several heads may read
-    from one."""
-    batch, kv_heads, room, dim = buffer.shape
-    heads = torch.arange(slots.shape[1], device=buffer.device) // (slots.shape[1] // kv_heads)
-    first = torch.arange(batch, device=buffer.device)[:, None] * kv_heads + heads
-    picks = slots + first[:, :, None, None] * room
-    return buffer.reshape(-1, dim).index_select(0, picks.flatten()).view(*slots.shape, dim)
-
-
-def _grown(buffer: Tensor, room: int, used: int) -> Tensor:
-    grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[-1])
-    grown[:, :, :used] = buffer[:, :, :used]
-    return grown
+        self.slots = Slots() if self._apart else self.cache.slots
 
 
 class TokenCache(Cache):
@@ -616,9 +849,9 @@ class TokenCache(Cache):
         self.total = 0
         """Columns the model has been fed, padding included: what transformers calls the sequence length."""
         self.held_nbytes = 0
-        """Bytes of the keys and values that are held."""
+        """Bytes of the keys and values that are held on the model's device."""
         self.peak_nbytes = 0
-        """Most bytes that were held at any time, within a forward too."""
+        """Most bytes that were held there at any time, within a forward too."""
         self.on_release: Callable[[], None] | None = None
         self._seen: Tensor | None = None
         # Tokens of each row's prompt, which ends with the first forward of a single token or of a draft.
@@ -632,6 +865,13 @@ class TokenCache(Cache):
         # Within a forward whose policy does not pass on all tokens: the rows that run, and those of the next layer.
         self.rows: Rows | None = None
         self.next_rows: Rows | None = None
+        self.handed: dict[str, Tensor] = {}
+        """What a policy hands from layer to layer within a forward or a commit."""
+        self.foretold: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None
+        """Keys and values of each layer, and which are real, that wait for the first layer of a forward."""
+        self.filled = 0
+        """Columns whose keys and values the model has not computed; ``_ahead`` of them in the present forward."""
+        self._ahead = 0
         self.config = config = text_config(model)
         spans = windows(config, config.num_hidden_layers)
         if policy is not None and None not in spans:
@@ -665,10 +905,10 @@ class TokenCache(Cache):
         return self._seen
 
     def room(self) -> Tensor | None:
-        """Tokens that a deferred forward may commit before the policy next drops some ``[batch]``; None: no limit."""
-        if self.policy is None or not self.policy.drops:
+        """Tokens that a deferred forward may commit before the policy changes what is seen ``[batch]``; None: any."""
+        if self.policy is None or not self.policy.stops:
             return None
-        return self.policy.compact_every - self.seen % self.policy.compact_every
+        return torch.stack([every - self.seen % every for every in self.policy.stops]).amin(0)
 
     def stage(self, valid: Tensor | None = None, relation: Tensor | None = None, deferred: bool = False) -> None:
         """Describe the tokens of the next forward.
@@ -680,6 +920,51 @@ class TokenCache(Cache):
         """
         self.ready()
         self._staged = (valid, relation, deferred)
+
+    def staged(self, mask: Tensor | None, new: int) -> Tensor | None:
+        """Which tokens of the next forward are real, bool ``[batch, new]``, or None: all; from what was staged, or from
+        the 2-D mask of padding that the forward is given."""
+        if self._staged is not None:
+            valid, relation, deferred = self._staged
+            if relation is not None or deferred:
+                raise CacheMisuse(f"{self.policy} predicts prompts, and this forward is a tree or a draft")
+            return valid
+        if mask is None:
+            return None
+        if mask.ndim != 2:
+            raise CacheMisuse(f"a mask of {mask.ndim} dimensions came to a TokenCache: pass the 2-D mask of padding")
+        return None if bool(mask[:, -new:].all()) else mask[:, -new:].to(torch.bool)
+
+    def foretell(self, states: list[tuple[Tensor, Tensor]], valid: Tensor | None) -> None:
+        """Let the next forward, which begins the cache, run its last token alone, behind these.
+
+        Args:
+            states: For each layer keys and values of the others, ``[batch, kv_heads, new - 1, head_dim]``.
+            valid: ``[batch, new - 1]`` bool, False for padding; None: all real.
+        """
+        self.foretold = states, valid
+
+    def begin(self) -> Rows:
+        """Cache what was foretold, open the block of the forward's last token, and return that row."""
+        assert self.foretold is not None
+        (states, valid), self.foretold = self.foretold, None
+        ahead = states[0][0].shape[2]
+        for layer, (keys, values) in zip(self.layers, states, strict=True):
+            layer._write(keys, values)
+        self._staged = (None if valid is None or bool(valid.all()) else valid, None, False)
+        block = self.block(ahead, None, self.device)
+        for layer in self.layers:
+            if layer._drops:
+                layer._take(ahead, block.valid, layer._new_positions(block))
+                layer.evict(True)
+        self.finish()
+        self.filled, self._ahead = self.filled + ahead, ahead
+        block = self.block(1, None, self.device)
+        self._prompt = self.seen_after
+        columns = torch.full((self.batch, 1), ahead, device=self.device)
+        self.rows = Rows(columns, columns, self.layers[0]._new_positions(block), None)
+        self.rows.block = block
+        return self.rows
 
     def commit(self, path: Tensor, counts: Tensor) -> None:
         """Close the open block: row ``b`` keeps its new slots ``path[b, :counts[b]]``, in that order.
@@ -701,8 +986,10 @@ class TokenCache(Cache):
         straight = bool((path == torch.arange(take, device=path.device)).all())
         self.seen_before = self.seen
         self.seen_after = self.seen_before + counts
+        self.handed = {}
         for layer in self.layers:
             layer.commit(block, path, counts, take, straight, valid)
+        self.handed = {}
         contiguous = self.slots.positions is None and valid is None
         positions = None if contiguous else self.seen_before[:, None] + torch.arange(take, device=self.device)
         self.slots.append(take, valid, positions, self.batch, self.device)
@@ -718,6 +1005,7 @@ class TokenCache(Cache):
             for layer in self.layers:
                 if layer.policy is self.policy:
                     cast(Retrieving, self.policy).settled(layer)
+                    layer.cool(False)
 
     def prompt_lengths(self) -> list[int]:
         """Real tokens of each row's prompt; a prompt in chunks counts as far as it has come."""
@@ -731,7 +1019,7 @@ class TokenCache(Cache):
 
     def computed_share(self) -> float:
         """Share of the pairs of a token and a layer that ran, padding included; 1 before."""
-        fed = self.layers[0].ran
+        fed = self.layers[0].ran + self.filled
         return sum(layer.ran for layer in self.layers) / (len(self.layers) * fed) if fed else 1.0
 
     def fork(self) -> TokenCache:
@@ -739,6 +1027,7 @@ class TokenCache(Cache):
         other = object.__new__(TokenCache)
         other.__dict__.update(self.__dict__)
         other.on_release = None
+        other.handed = {}
         other.slots = self.slots.copy()
         other.layers = []
         for layer in self.layers:
@@ -746,10 +1035,11 @@ class TokenCache(Cache):
             twin.__dict__.update(layer.__dict__)
             twin._cache = weakref.ref(other)
             twin.slots = other.slots if layer.slots is self.slots else layer.slots.copy()
-            twin.state, twin.reads = dict(layer.state), list(layer.reads)
+            twin.state, twin.beside, twin.reads = dict(layer.state), dict(layer.beside), list(layer.reads)
             twin._index = {name: layer.indexed(name).clone() for name in layer._index}
             if layer._keys is not None:
-                twin._keys, twin._values = (tensor.clone() for tensor in layer.held())
+                twin._keys, twin._values = (tensor.clone() for tensor in layer._near())
+            twin.far = None if layer.far is None else layer.far.copy()
             other.layers.append(twin)
         return other
 
@@ -783,8 +1073,6 @@ class TokenCache(Cache):
         if drop == 0:
             return
         for layer in self.layers:
-            if layer.state and not layer._drops:
-                raise CacheMisuse(f"{self.policy} has indexed the tokens that are to be taken back")
             if layer.evicted and not (isinstance(layer.policy, _Window) and drop <= layer.policy.spare):
                 raise CacheMisuse(
                     "a cache that has dropped tokens cannot go back: run assisted generation with a budget above the "
@@ -797,10 +1085,13 @@ class TokenCache(Cache):
         self.total -= drop
         self.slots.crop(self.slots.size - counted)
         for layer in self.layers:
-            layer.size -= drop
-            layer.state = {name: tensor[..., :-drop] for name, tensor in layer.state.items()}
+            layer.shorten(drop)
             if layer.slots is not self.slots:
                 layer.slots.crop(min(layer.slots.size, layer.size))
+            if layer._drops:
+                layer.state = {name: tensor[..., :-drop] for name, tensor in layer.state.items()}
+            elif layer.policy is not None:
+                cast(Retrieving, layer.policy).cropped(layer)
 
     def compact(self) -> None:
         """Drop the slots that hold no real token in any row."""
@@ -830,7 +1121,7 @@ class TokenCache(Cache):
             keys, values = layer.held()
             layer.size = columns.shape[1]
             picks = columns[:, None].expand(-1, keys.shape[1], -1)
-            layer._keys, layer._values = _picked(keys, picks), _picked(values, picks)
+            layer._keys, layer._values = picked(keys, picks), picked(values, picks)
         self._seen = self.seen
         self.slots.size = self.total = columns.shape[1]
         self.slots.valid, self.slots.positions = valid[:, None], positions[:, None]
@@ -853,13 +1144,23 @@ class TokenCache(Cache):
         return match.byte().argmax(-1), match.any(-1), positions.clamp(min=0)
 
     def _recount(self) -> None:
-        filled = [layer for layer in self.layers if layer.is_initialized]
-        parts = [part for layer in filled for part in (*layer.held(), *(layer.indexed(name) for name in layer._index))]
-        self.held_nbytes = sum(part.numel() * part.element_size() for part in parts)
+        self.held_nbytes = 0
+        for layer in self.layers:
+            layer._nbytes = 0
+            layer.account()
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values that are held."""
+        """Bytes of the keys and values that are held on the model's device, with codes and what a policy keeps of
+        keys."""
         return self.held_nbytes
+
+    def offloaded_nbytes(self) -> int:
+        """Bytes of the keys and values that stand in the CPU's memory."""
+        return sum(layer.far.nbytes for layer in self.layers if layer.far is not None)
+
+    def copied_slots(self) -> int:
+        """Slots of single heads, each a key and a value, that were copied from the CPU's memory so far."""
+        return sum(layer.far.copied for layer in self.layers if layer.far is not None)
 
     def kept_positions(self) -> list[Tensor]:
         """For each layer the positions it holds in order, ``[batch, 1 or kv_heads, slots]``, with a -1 before them for
@@ -896,7 +1197,7 @@ class TokenCache(Cache):
             columns, valid, _ = self._columns(layer.slots, None if layer.window is None else layer.window - 1, end)
             picks = columns[:, None].expand(-1, keys.shape[1], -1)
             real = valid[:, None, :, None]
-            tensors.append((_picked(keys, picks) * real, _picked(values, picks) * real))
+            tensors.append((picked(keys, picks) * real, picked(values, picks) * real))
         return compat.filled(self.config, tensors, end)
 
     @classmethod
@@ -949,6 +1250,7 @@ class TokenCache(Cache):
         if self.slots.size < self.total and self.slots.positions is None:
             self._catch_up(mask, device)
         block = Block(new, valid, relation, deferred)
+        block.padding = mask
         self.seen_before = self.seen
         if relation is not None:
             block.positions = self.seen_before[:, None] + relation.sum(-1) - 1
@@ -977,9 +1279,15 @@ class TokenCache(Cache):
         self._seen, self._lead = self.slots.valid[:, 0].sum(-1), self.slots.valid[:, 0].int().argmax(-1)
 
     @property
+    def forward_block(self) -> Block:
+        """The block of the forward that is under way."""
+        assert self._block is not None
+        return self._block
+
+    @property
     def new(self) -> int:
         """Columns of the forward that is under way."""
-        return 0 if self._block is None else self._block.new
+        return 0 if self._block is None else self._ahead + self._block.new
 
     def ready(self) -> None:
         """Refuse a forward while a block is open."""
@@ -989,6 +1297,8 @@ class TokenCache(Cache):
     def finish(self) -> None:
         """After a forward: account for its tokens, unless they wait for a commit."""
         self.rows = self.next_rows = None
+        self.handed = {}
+        self._ahead = 0
         block = self._block
         if block is None or block.deferred:
             return
@@ -1004,7 +1314,9 @@ class TokenCache(Cache):
 
     def abandon(self) -> None:
         """After a forward that failed: forget its block; the cache itself is not fit for further use."""
-        self._block = self._staged = self.rows = self.next_rows = None
+        self._block = self._staged = self.rows = self.next_rows = self.foretold = None
+        self.handed = {}
+        self._ahead = 0
 
     # transformers' interface -----------------------------------------------------------------------------------------
     def update(
@@ -1038,7 +1350,8 @@ class TokenCache(Cache):
 
     def reset(self) -> None:
         self.slots, self.total, self._seen, self._lead, self._ragged = Slots(), 0, None, None, False
-        self._staged = self._block = self._prompt = None
+        self._staged = self._block = self._prompt = self.foretold = None
+        self.filled = self._ahead = 0
         self._prompt_ended = False
         self.held_nbytes = 0
         for layer in self.layers:

@@ -112,6 +112,9 @@ class Block:
         self.deferred = deferred
         self.positions: Tensor | None = None
         self.apart = False  # whether tokens stand between them that are not among them
+        self.before = 0  # rows in front that are tokens of earlier forwards, of which they see what is older
+        self.dead: Tensor | None = None  # by position, bool ``[batch, length]``: tokens that no row may see
+        self.padding: Tensor | None = None  # the mask of padding that layers are given
         self.places: Tensor | None = None  # the positions as a tensor in any case, once a layer asked for them
         self.masks: dict[int | None, tuple[Tensor | None, bool]] = {}
 
@@ -128,6 +131,7 @@ class Block:
         """The mask over ``slots`` and the new tokens, ``[1 or batch, 1 or heads, new, slots + new]`` or None where
         nothing is hidden, and whether plain causal order does."""
         plain = slots.valid is None and self.valid is None and self.relation is None
+        plain = plain and (self.dead is None or slots.size == 0)
         near = window is None or (slots.positions is None and not self.apart and slots.size + self.new <= window)
         if plain and near and (self.new == 1 or slots.size == 0):
             return None, self.new > 1
@@ -138,12 +142,24 @@ class Block:
             if slots.valid is None
             else slots.valid[:, :, None, :]
         )
+        if self.dead is not None and slots.size:
+            before = before & self._standing(slots, self.dead, device)
+            batch = max(batch, before.shape[0])
         if window is not None and not near:
             before, among = self._within(slots, window, before, among, device)
             batch = max(batch, before.shape[0], among.shape[0])
         heads = before.shape[1]
         before = before.expand(batch, heads, self.new, slots.size)
         return torch.cat([before, among.expand(batch, heads, self.new, self.new)], -1), False
+
+    def _standing(self, slots: Slots, dead: Tensor, device: torch.device) -> Tensor:
+        """Which slots each row may see of those that are not dead, ``[batch, 1 or heads, 1 or new, slots]``."""
+        places = slots.places(dead.shape[0], device)
+        standing = ~dead.gather(1, places.clamp(min=0).flatten(1)).view_as(places)[:, :, None]
+        if self.before:
+            assert self.positions is not None
+            standing = standing & (places[:, :, None] < self.positions[:, None, :, None])
+        return standing
 
     def _within(
         self, slots: Slots, window: int, before: Tensor, among: Tensor, device: torch.device

@@ -25,6 +25,10 @@ class AttentionRows:
         scaling: Factor of the logits.
         softcap: Bound of the logits by tanh, or None.
         valid: ``[batch, rows]`` bool, False for rows of padding; None: all real.
+
+    Attributes:
+        heads: Factor of each query head in all sums, ``[batch, kv_heads, groups]``; None: 1.
+        norms: Sum of the magnitudes of each query head's output, ``[batch, heads, rows]``, where a policy took it.
     """
 
     def __init__(
@@ -41,8 +45,28 @@ class AttentionRows:
         self.scaling, self.softcap, self.valid = scaling, softcap, valid
         self.count = query.shape[2]
         self.groups = query.shape[1] // key.shape[1]
+        self.heads: Tensor | None = None
+        self.norms: Tensor | None = None
         self._rows: Tensor | None = None
         self._sums: Tensor | None = None
+
+    def at(self, index: Tensor) -> AttentionRows:
+        """One row of each row of the batch, ``index`` ``[batch]``."""
+        batch, heads, _, dim = self.query.shape
+        picks = index[:, None, None, None]
+        mask = self.mask
+        if mask is not None:
+            mask = mask.expand(batch, -1, -1, -1).gather(2, picks.expand(-1, mask.shape[1], -1, mask.shape[-1]))
+        elif self.causal:
+            slots = self.key.shape[2]
+            mask = torch.arange(slots, device=index.device) <= picks + (slots - self.count)
+        query = self.query.gather(2, picks.expand(-1, heads, -1, dim))
+        return AttentionRows(query, self.key, mask, False, self.scaling, self.softcap)
+
+    def take(self, weights: Tensor) -> None:
+        """Note the probabilities ``[batch, kv_heads, groups, rows, slots]`` of all rows, for the questions that
+        follow."""
+        self._rows = self._real(self._grouped(weights), 0, self.count)
 
     def logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Scaled logits of rows ``start`` to ``stop``, ``[batch, kv_heads, groups, rows, width]``, -inf where a row
@@ -80,7 +104,7 @@ class AttentionRows:
         kv_heads, dim = value.shape[1], value.shape[-1]
         if self.count <= _ROWS:
             weights = self.logits().softmax(-1)
-            self._rows = self._real(weights.sum(2), 0, self.count)
+            self.take(weights)
             packed = weights.to(value.dtype).view(batch, kv_heads, self.groups * self.count, -1)
             return torch.matmul(packed, value).view(batch, heads, self.count, dim)
         output = value.new_empty(batch, kv_heads, self.groups, self.count, dim)
@@ -99,7 +123,7 @@ class AttentionRows:
         stop = self.count if stop is None else stop
         if self._rows is not None:
             return self._rows[:, :, start:stop]
-        rows = self._real(self.logits(start, stop).softmax(-1).sum(2), start, stop)
+        rows = self._real(self._grouped(self.logits(start, stop).softmax(-1)), start, stop)
         return F.pad(rows, (0, self.key.shape[2] - rows.shape[-1]))
 
     def column_sums(self, weights: Tensor | None = None) -> Tensor:
@@ -122,6 +146,10 @@ class AttentionRows:
         wide = torch.promote_types(self.query.dtype, torch.float32)
         return self.key.new_zeros(self.key.shape[:3], dtype=wide)
 
+    def _grouped(self, weights: Tensor) -> Tensor:
+        """``[batch, kv_heads, groups, ...]`` summed over the query heads of each key head."""
+        return weights.sum(2) if self.heads is None else (weights * self.heads[..., None, None]).sum(2)
+
     def _real(self, rows: Tensor, start: int, stop: int) -> Tensor:
         return rows if self.valid is None else rows * self.valid[:, None, start:stop, None]
 
@@ -130,6 +158,8 @@ class AttentionRows:
         for factor in (self.valid, weights):
             if factor is not None:
                 scale = scale * factor[:, None, None, start:stop, None]
+        if self.heads is not None:
+            scale = scale * self.heads[..., None, None]
         scale, block = scale.flatten(2, 3), block.flatten(2, 3)
         sums[..., : block.shape[-1]] += torch.matmul(scale.transpose(-1, -2), block)[:, :, 0]
 
@@ -168,4 +198,6 @@ class AttentionRows:
             )
         other = AttentionRows(self.query, self.key, None, False, self.scaling, valid=valid)
         other._rows, other.count = rows, rows.shape[2]
+        if self.norms is not None:
+            other.norms = self.norms.gather(2, path[:, None].expand(-1, self.norms.shape[1], -1))
         return other

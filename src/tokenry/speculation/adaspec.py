@@ -8,9 +8,10 @@ reference alone. What comes out is an ordinary model folder for `draft-model:dra
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,6 +30,7 @@ from tokenry.speculation.draft_model import DraftModel
 
 Kept = Literal["largest", "smallest", "random"]
 _HELD_OUT = 32  # rows that acceptance is measured on
+_STORED = 2**31  # most bytes of a target's logits that are kept instead of computed at every step
 
 
 class SelectiveDistillation(Objective):
@@ -37,7 +39,7 @@ class SelectiveDistillation(Objective):
     For each learned position t, `l_t = KL(target_t || draft_t)` and `D_t = l_t - KL(target_t || reference_t)`; kept are
     the positions of a micro-batch with `D_t` at least the quantile `1 - keep` of all its `D`, and the term `kl` is the
     sum of `l_t` over them (AdaSPEC 2510.19779). Without a reference, or with `keep=1`, all are kept: DistillSpec with
-    forward KL on given text. No gradient goes to target or reference.
+    forward KL on given text. No gradient goes to target or reference, and rows that are `Taught` ask neither.
 
     Args:
         target: The model that will verify.
@@ -71,15 +73,18 @@ class SelectiveDistillation(Objective):
     ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         learned = batch["labels"][:, 1:] != IGNORED
         with torch.no_grad():
-            target = _logits(self.target, batch, learned)
+            target = batch["target"][learned] if "target" in batch else _logits(self.target, batch, learned)
         draft = _logits(model, batch, learned)
         width = min(target.shape[-1], draft.shape[-1])
         losses = kl(target[:, :width], draft[:, :width])
         chosen = torch.ones_like(losses, dtype=torch.bool)
         if self.reference is not None:
             with torch.no_grad():
-                reference = _logits(self.reference, batch, learned)
-                gap = losses.detach() - kl(target[:, :width], reference[:, :width])
+                if "reference" in batch:
+                    reached = batch["reference"][learned]
+                else:
+                    reached = kl(target[:, :width], _logits(self.reference, batch, learned)[:, :width])
+                gap = losses.detach() - reached
             chosen = self._chosen(gap, ctx)
         total = losses[chosen].sum()
         if self.reference is not None and self.normaliser == "kept":
@@ -121,6 +126,58 @@ def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor], learned: Tensor
     """Logits of the positions before learned labels, `[n, vocab]`."""
     out = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     return out.logits[:, :-1][learned]
+
+
+class Taught(Dataset):
+    """Rows with what frozen models say of them, asked once, so that reading a row again costs the draft's pass alone.
+
+    Items have besides `input_ids` and `labels` the target's logits `target` `[length - 1, vocabulary]`, and once a
+    reference is known, its divergence from the target `reference` `[length - 1]` in nats.
+
+    Args:
+        rows: Items with `input_ids` and `labels`.
+        target: The model that will verify; its logits are kept as it gives them.
+        batch: Rows that run together.
+    """
+
+    def __init__(self, rows: Dataset | Sequence[Mapping[str, Tensor]], target: PreTrainedModel, batch: int = 8) -> None:
+        self.rows, self.batch = rows, batch
+        self.targets = torch.cat([logits.cpu() for _, logits in self._logits(target)])
+        self.references: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = {**self.rows[index], "target": self.targets[index]}
+        return item if self.references is None else {**item, "reference": self.references[index]}
+
+    @torch.no_grad()
+    def _logits(self, model: PreTrainedModel) -> Iterator[tuple[slice, Tensor]]:
+        start = 0
+        for part in DataLoader(self.rows, batch_size=self.batch):  # type: ignore[arg-type]
+            ids = part["input_ids"].to(model.device)
+            yield slice(start, start + len(ids)), model(input_ids=ids, use_cache=False).logits[:, :-1]
+            start += len(ids)
+
+    def beside(self, reference: PreTrainedModel) -> Taught:
+        """The same rows and logits with the divergences of a reference."""
+        found = copy.copy(self)
+        parts = []
+        with torch.no_grad():
+            for place, logits in self._logits(reference.eval()):
+                target = self.targets[place].to(logits.device)
+                width = min(target.shape[-1], logits.shape[-1])
+                parts.append(kl(target[..., :width], logits[..., :width]).cpu())
+        found.references = torch.cat(parts)
+        return found
+
+
+def taught(rows: Dataset | Sequence[Mapping[str, Tensor]], target: PreTrainedModel) -> Taught | None:
+    """Rows with the target's logits, or None where these would take more than 2 GiB."""
+    length = rows[0]["input_ids"].shape[0]
+    size = len(rows) * (length - 1) * _width(target) * target.dtype.itemsize  # type: ignore[arg-type]
+    return Taught(rows, target.eval()) if size <= _STORED else None
 
 
 # --- what it is for -----------------------------------------------------------------------------
@@ -237,7 +294,7 @@ class AdaSpecTrainer(Trainable):
     ) -> dict[str, Any]:
         steps = steps or 1000
         first = self.reference_steps or steps
-        draft = self._start(model, tokenizer)
+        draft = self.start(model, tokenizer)
         dtype = draft.dtype
         longest = min((n for n in (context_length(draft), context_length(model)) if n is not None), default=self.length)
         self.check("length", f"at most {longest}", self.length <= longest, why="one of the models reads no further")
@@ -270,8 +327,12 @@ class AdaSpecTrainer(Trainable):
         use = str(DraftModel(draft=str(out)))
         return {"rows": len(learned), "steps": steps, "acceptance": found, "use": use}
 
-    def _start(self, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
-        """The draft as it is before, a copy of its own."""
+    def start(self, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
+        """The draft as it is before, a copy of its own.
+
+        Raises:
+            ResourceError: It does not share the model's tokenizer, or one of both has too few tokens.
+        """
         draft, own = load(self.draft, device=model.device)
         if own.get_vocab() != tokenizer.get_vocab():
             raise ResourceError(
@@ -293,6 +354,9 @@ def _width(model: PreTrainedModel) -> int:
 
 # --- against plain distillation -----------------------------------------------------------------
 
+ARMS = ("plain", "plain, all compute", "equal steps", "equal tokens", "random tokens", "smallest gaps")
+"""Ways to distil that are compared: without selection, with it, and controls that select otherwise."""
+
 
 def compare_distillation(
     target: PreTrainedModel,
@@ -300,14 +364,16 @@ def compare_distillation(
     rows: TokenRows,
     *,
     held_out: TokenRows | None = None,
+    arms: Sequence[str] = ARMS,
     seeds: int = 3,
     steps: int = 500,
     batch: int = 16,
     keep: float = 0.4,
     lr: float = 3e-4,
     normaliser: Literal["all", "kept"] = "all",
-    controls: bool = True,
     dtype: torch.dtype | None = None,
+    measure: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
+    folder: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Distil a draft with and without selection from the same weights, over seeds, and measure acceptance.
@@ -315,19 +381,29 @@ def compare_distillation(
     Plain distillation runs `steps` of `batch` rows; the result of each seed is the reference of the selective arms of
     that seed. `equal steps` selects from as many rows and so learns `keep` of the tokens; `equal tokens` selects from
     a batch larger by `1 / keep`. Neither is plain distillation at equal compute, so `plain, all compute` gets as many
-    steps as plain and `equal tokens` have together. The controls keep the smallest gaps, or random tokens.
+    steps as plain and `equal tokens` have together. The controls keep random tokens, or those with the smallest gaps,
+    at equal tokens. Where the target's logits for all rows fit into 2 GiB they are computed once.
 
     Args:
         rows: Text to distil on.
         held_out: Text to measure on; by default the last eighth of `rows`, which is then not distilled on.
+        arms: Of `ARMS`; plain is always among them.
         seeds: Runs of each arm, which differ in the order of rows.
-        controls: Whether the controls run too, at equal tokens.
+        measure: Figures of a draft beside its acceptance, by name.
+        folder: Where every run keeps checkpoints, so that a comparison that was stopped goes on; None keeps none.
 
     Returns:
-        JSON: settings, acceptance `before`, and by arm acceptance of each seed, its mean and standard deviation, the
-        differences from plain seed by seed, tokens learned in the draft's own stage, and tokens that all drafts in
-        training, the target and the frozen reference have read, the stage that made the reference included.
+        JSON: settings, acceptance `before` with `figures_before`, and by arm acceptance of each seed, its mean and
+        standard deviation, the differences from plain seed by seed, the figures of each seed, tokens learned in the
+        draft's own stage, and tokens that all drafts in training, the target and the frozen reference have read, the
+        stage that made the reference included.
+
+    Raises:
+        BadParameter: An arm is not known, or there is nothing to measure on.
+        ResourceError: `folder` holds runs of other settings.
     """
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise BadParameter(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
     if held_out is None:
         count = max(1, len(rows) // 8)
         if len(rows) < 2:
@@ -337,36 +413,51 @@ def compare_distillation(
     else:
         learned, measured = rows, held_out
     wide = math.ceil(batch / keep)
-    selective: dict[str, tuple[Kept, int]] = {"equal steps": ("largest", batch), "equal tokens": ("largest", wide)}
-    if controls:
-        selective |= {"random tokens": ("random", wide), "smallest gaps": ("smallest", wide)}
+    selective: dict[str, tuple[Kept, int]] = {
+        "equal steps": ("largest", batch), "equal tokens": ("largest", wide),
+        "random tokens": ("random", wide), "smallest gaps": ("smallest", wide),
+    }  # fmt: skip
+    chosen = [arm for arm in ARMS if arm in arms or arm == "plain"]
     longer = steps + math.ceil(steps * wide / batch)
     length = rows.ids.shape[1]
     scores: dict[str, list[float]] = {}
+    figures: dict[str, dict[str, list[float]]] = {}
+    text = hashlib.sha256(rows.ids.numpy().tobytes()).hexdigest()[:12]
+    about = f"{text} for {weights_hash(target)}, keep={keep}, {normaliser}"
+    known = taught(learned, target)
 
     def distilled(objective: SelectiveDistillation, arm: str, seed: int, count: int, width: int) -> PreTrainedModel:
+        data: Any = learned
+        if known is not None:
+            data = known if objective.reference is None else known.beside(objective.reference)
+        place = None if folder is None else folder / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
         made = fit(
-            copy.deepcopy(draft).requires_grad_(True), objective, learned, None, steps=count, batch=width, lr=lr,
-            weight_decay=0.1, seed=seed, dtype=dtype, progress=progress,
+            copy.deepcopy(draft).requires_grad_(True), objective, data, place, steps=count, batch=width, lr=lr,
+            weight_decay=0.1, seed=seed, dtype=dtype, settings=f"{arm} on {about}", progress=progress,
         ).model  # fmt: skip
         scores.setdefault(arm, []).append(acceptance(made, target, measured))
+        for name, value in (measure(made) if measure else {}).items():
+            figures.setdefault(arm, {}).setdefault(name, []).append(value)
         return made
 
     for seed in range(seeds):
         reference = distilled(SelectiveDistillation(target), "plain", seed, steps, batch)
-        distilled(SelectiveDistillation(target), "plain, all compute", seed, longer, batch)
-        for arm, (kept, width) in selective.items():
+        if "plain, all compute" in chosen:
+            distilled(SelectiveDistillation(target), "plain, all compute", seed, longer, batch)
+        for arm in (arm for arm in chosen if arm in selective):
+            kept, width = selective[arm]
             objective = SelectiveDistillation(target, reference, keep=keep, normaliser=normaliser, kept=kept)
             distilled(objective, arm, seed, steps, width)
     first = steps * batch * length
     read = {"plain": first, "plain, all compute": longer * batch * length}
     read |= {arm: first + steps * width * length for arm, (_, width) in selective.items()}
-    arms = {
+    found = {
         arm: {
-            "acceptance": found,
-            "mean": statistics.fmean(found),
-            "deviation": statistics.stdev(found) if seeds > 1 else None,
-            "over_plain": [one - two for one, two in zip(found, scores["plain"], strict=True)],
+            "acceptance": values,
+            "mean": statistics.fmean(values),
+            "deviation": statistics.stdev(values) if seeds > 1 else None,
+            "over_plain": [one - two for one, two in zip(values, scores["plain"], strict=True)],
+            "figures": figures.get(arm, {}),
             "tokens_learned": round(keep * (read[arm] - first)) if arm in selective else read[arm],
             "tokens_read": {
                 "draft": read[arm],
@@ -374,7 +465,7 @@ def compare_distillation(
                 "reference": read[arm] - first if arm in selective else 0,
             },
         }
-        for arm, found in scores.items()
+        for arm, values in scores.items()
     }
     return {
         "schema_version": 1,
@@ -385,5 +476,6 @@ def compare_distillation(
             "normaliser": normaliser, "rows": len(learned), "held_out": len(measured),
         },
         "before": acceptance(draft, target, measured),
-        "arms": arms,
+        "figures_before": dict(measure(draft)) if measure else {},
+        "arms": found,
     }  # fmt: skip

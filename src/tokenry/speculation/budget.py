@@ -70,58 +70,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class RankCounts:
-    """How often the token that came next was the candidate of each rank, by depth in the tree.
-
-    Every token that a verify step commits tells one such rank, whether the candidate stood in the tree or not, so the
-    counts do not depend on the trees that were tried. `prior` gives the chance of each rank before anything is counted;
-    it weighs `weight` tokens at the first depth; deeper, what was counted one level above takes its place.
-    """
-
-    def __init__(self, depths: int, prior: Sequence[float], weight: float = 4.0) -> None:
-        self.prior = prior
-        self.weight = weight
-        self.hits = [[0.0] * len(prior) for _ in range(depths)]
-        self.trials = [0.0] * depths
-
-    def add(self, depth: int, rank: int | None) -> None:
-        """Count a committed token behind a node at `depth`; None: its rank is beyond the candidates."""
-        if depth < len(self.trials):
-            self.trials[depth] += 1
-            if rank is not None:
-                self.hits[depth][rank] += 1
-
-    def chances(self) -> list[list[float]]:
-        """Chance of each rank behind a node of each depth that was itself accepted."""
-        above = list(self.prior)
-        chances = []
-        for hits, trials in zip(self.hits, self.trials, strict=True):
-            above = [(h + self.weight * p) / (trials + self.weight) for h, p in zip(hits, above, strict=True)]
-            chances.append(above)
-        return chances
-
-
-def best_nodes(
-    parents: Sequence[int],
-    ranks: Sequence[int],
-    depths: Sequence[int],
-    chances: Sequence[Sequence[float]],
-    costs: Sequence[float],
-) -> list[int]:
-    """The nodes of a template, root included and ascending, whose tree gives most tokens a second.
-
-    A node counts with the chance that all of its path is accepted; for every size the likeliest nodes are taken, which
-    always hold their parents, and the size with the best ratio of expected tokens to measured cost wins. Sizes beyond
-    the measured ones are not taken.
-    """
-    reach = [1.0]
-    for node in range(1, len(parents)):
-        chance = chances[depths[node] - 1][ranks[node]]
-        reach.append(reach[parents[node]] * min(chance, 0.99))
-    order = sorted(range(len(parents)), key=lambda node: (-reach[node], node))
-    return sorted(order[: best_size([[reach[node] for node in order]], costs)])
-
-
 def best_size(reaches: Sequence[Sequence[float]], costs: Sequence[float]) -> int:
     """How many nodes each row's tree should have for most tokens a second; 1 is no drafts.
 
@@ -244,7 +192,7 @@ class Growth(Generic[N]):
 
 def least_slopes(costs: Sequence[float]) -> list[float]:
     """For every number of nodes, the least that another node costs on average, at that size or any larger one."""
-    cost = np.asarray(costs)
-    size = np.arange(len(cost))
-    slopes = [float(((cost[n + 1 :] - cost[n]) / (size[n + 1 :] - n)).min()) for n in range(len(cost) - 1)]
+    cost, size = np.asarray(costs), np.arange(len(costs))
+    further = size[None, :] - size[:-1, None]
+    slopes = np.where(further > 0, (cost[None, :] - cost[:-1, None]) / np.maximum(further, 1), np.inf).min(1)
     return [*np.minimum.accumulate(slopes[::-1])[::-1].tolist(), float("inf")]

@@ -50,6 +50,11 @@ class TreeShape:
         self.is_chain = parents.shape[0] == 1 and self.deepest == self.size - 1
         self._prefixes: dict[int, TreeShape] = {}
 
+    @functools.cached_property
+    def on_host(self) -> tuple[list[list[int]], list[list[int]]]:
+        """`parents` and `depth` as lists."""
+        return self.parents.tolist(), self.depth.tolist()
+
     @classmethod
     def of(cls, parents: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> TreeShape:
         """The shape of parents `(-1, 0, 0, 1, ...)`, or one shape for each row from a tensor `[batch, n]`."""
@@ -203,8 +208,11 @@ class Drafter(Decoder):
         started = time.perf_counter()
         self.observe(session, state, tree, logits, walked)
         session.stats.drafter_seconds += time.perf_counter() - started
-        last = torch.arange(walked.path.shape[1], device=session.device) >= walked.counts[:, None] - 1
-        sources = torch.where(last, int(Source.BONUS), int(Source.DRAFT)).to(torch.int8)
+        if walked.path.shape[1] == 1:
+            sources: Tensor | Source = Source.BONUS
+        else:
+            last = torch.arange(walked.path.shape[1], device=session.device) >= walked.counts[:, None] - 1
+            sources = torch.where(last, int(Source.BONUS), int(Source.DRAFT)).to(torch.int8)
         return Commit(
             walked.tokens,
             walked.counts,
@@ -223,22 +231,66 @@ def walk(session: Session, tree: DraftTree, logits: Tensor, limits: Sequence[int
     at all nodes in one call, otherwise only at the nodes that are reached, depth by depth. None: at once where that is
     possible and no dearer, which for sampling means off the CPU.
     """
+    if at_once is None:
+        at_once = not session.do_sample or logits.device.type != "cpu"
+    if at_once and session.context_free and not session.do_sample and logits.device.type == "cpu":
+        return _walk_on_host(session, tree, logits, limits)
     limit = torch.tensor(limits, device=logits.device)
     if tree.q is not None and session.do_sample:
         return _walk_down(session, tree, logits, limit)
-    if at_once is None:
-        at_once = not session.do_sample or logits.device.type != "cpu"
     if at_once and session.context_free:
         return _walk_at_once(session, tree, logits, limit)
     return _walk_down(session, replace(tree, q=None), logits, limit)
 
 
+def _scores(session: Session, tree: DraftTree, logits: Tensor) -> Tensor:
+    """Processed scores at all nodes; context-free processors read no ids, so rows and nodes may stand in any order."""
+    if not session.processors:
+        return logits
+    return session.processors(tree.tokens.reshape(-1, 1), logits.flatten(0, 1)).view_as(logits)
+
+
+def _walk_on_host(session: Session, tree: DraftTree, logits: Tensor, limits: Sequence[int]) -> Walk:
+    """The greedy walk on a CPU, where a few dozen comparisons take less time than as many tensor operations."""
+    scores = _scores(session, tree, logits)
+    chosen = session.choose_nodes(scores, tree.shape.depth).tolist()
+    tokens, (parents, depths) = tree.tokens.tolist(), tree.shape.on_host
+    valid = None if tree.valid is None else tree.valid.tolist()
+    paths: list[list[int]] = []
+    for row, limit in enumerate(limits):
+        above, depth = parents[row % len(parents)], depths[row % len(depths)]
+        reached, last = [True] * len(above), 0
+        for node in range(1, len(above)):
+            parent = above[node]
+            reached[node] = (
+                reached[parent]
+                and tokens[row][node] == chosen[row][parent]
+                and depth[node] < limit
+                and (valid is None or valid[row][node])
+            )
+            if reached[node] and depth[node] > depth[last]:
+                last = node
+        path = [last]
+        while path[-1]:
+            path.append(above[path[-1]])
+        paths.append(path[::-1])
+    counts = [len(path) for path in paths]
+    longest = max(counts)
+    # A row's own path is followed by the last node, as paths ascend.
+    behind = [tree.shape.size - 1]
+    full = torch.tensor([path + behind * (longest - len(path)) for path in paths], device=logits.device)
+    ids = [[chosen[row][node] for node in path] + [0] * (longest - len(path)) for row, path in enumerate(paths)]
+    return Walk(
+        full,
+        torch.tensor(counts, device=logits.device),
+        torch.tensor(ids, device=logits.device),
+        _gathered(scores, full) if session.want_scores else None,
+    )
+
+
 def _walk_at_once(session: Session, tree: DraftTree, logits: Tensor, limit: Tensor) -> Walk:
-    batch, n, vocab = logits.shape
-    scores = logits
-    if session.processors:
-        # Context-free processors read no ids; rows and nodes may stand in any order.
-        scores = session.processors(tree.tokens.reshape(-1, 1), logits.reshape(-1, vocab)).view(batch, n, vocab)
+    batch, n, _ = logits.shape
+    scores = _scores(session, tree, logits)
     chosen = session.choose_nodes(scores, tree.shape.depth)
     shape = tree.shape
     depth = shape.depth.expand(batch, n)
@@ -373,11 +425,13 @@ def _gathered(values: Tensor, path: Tensor) -> Tensor:
 
 def _deepest(tree: DraftTree, limits: Sequence[int]) -> Tensor:
     """Depth that each row's real drafts reach, as far as the row may commit them, `[batch]`."""
+    room = torch.tensor([max(limit - 1, 0) for limit in limits], device=tree.tokens.device)
+    if tree.valid is None and tree.shape.depth.shape[0] == 1:
+        return room.clamp(max=tree.shape.deepest)
     depth = tree.shape.depth.expand_as(tree.tokens)
     if tree.valid is not None:
         depth = depth.masked_fill(~tree.valid, 0)
-    room = torch.tensor(limits, device=depth.device) - 1
-    return torch.minimum(depth.amax(1), room).clamp(min=0)
+    return torch.minimum(depth.amax(1), room)
 
 
 def _drafted(session: Session, tree: DraftTree) -> int:

@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from tokenry.generation.engine import Session
-from tokenry.speculation.budget import Counts, Growth, RunCounts, best_size, forward_costs, least_slopes
-from tokenry.speculation.engine import Drafter, DraftTree, TreeShape, Walk
+from tokenry.speculation.budget import Counts, Growth, RunCounts
+from tokenry.speculation.engine import Drafter, DraftTree, Walk
+from tokenry.speculation.recycling import CONTEXTS, ORDER, Context, Odds, Recycler, Tree, planted
 from tokenry.speculation.sources import Candidates, RecyclingTable, Text, Texts, table_of
 
-Successors = Callable[[int, int], Candidates]
-"""Candidates after a token, given the one before it (-1: none), best first."""
-
-_CPU = torch.device("cpu")
-_SPAN = 2048
-
-
-class Tree:
-    """Nodes as they are added: the anchor, then children of nodes that are there already.
-
-    Attributes:
-        tokens, parents, depths: Of each node.
-        before: The token before the anchor, if the table is to learn the pair; -1 otherwise.
-    """
-
-    def __init__(self, anchor: int, before: int = -1) -> None:
-        self.tokens, self.parents, self.depths = [anchor], [-1], [0]
-        self.before = before
-
-    def add(self, token: int, parent: int) -> int:
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.depths.append(self.depths[parent] + 1)
-        return len(self.tokens) - 1
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def prefix(self, size: int) -> Tree:
-        """The first `size` nodes."""
-        tree = Tree(self.tokens[0])
-        tree.tokens, tree.parents, tree.depths = self.tokens[:size], self.parents[:size], self.depths[:size]
-        return tree
+Successors = Callable[[Context], Candidates]
+"""Candidates behind the last one or two tokens of a path, best first."""
 
 
 def harmonic_split(share: int, count: int) -> list[int]:
@@ -68,11 +34,8 @@ def _floor(value: float) -> int:
     return math.floor(value + 1e-9)
 
 
-# What `size="auto"` tells apart: candidates by score, those of a token's row and of a pair's; copied tokens by the
-# length of the match before them and by what the table's first candidate says of them.
-_SCORES = (0.03, 0.06, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97)
-_MIDDLES = (0.02, 0.045, 0.09, 0.16, 0.25, 0.37, 0.52, 0.67, 0.82, 0.93, 0.98)
-_TRUST = (0.6, 0.8)
+# What `size="auto"` tells apart of copied tokens, beside the length of the match before them: what the table's first
+# candidate says of them.
 _UNKNOWN, _AGREES, _DIFFERS = range(3)
 
 
@@ -86,32 +49,20 @@ class _Row:
     spine: int = 0
 
 
-@dataclass
-class _Auto:
-    """What `size="auto"` keeps for a call."""
+class _Auto(Odds):
+    """What `size="auto"` keeps for a call: the odds of candidates, and of copied tokens."""
 
-    costs: list[float]
-    floors: list[float]
-    branches: Counts
-    spine: Counts
-
-    @classmethod
-    def measured(cls, session: Session) -> _Auto:
-        costs = forward_costs(session)
-        branches = [trust * middle for trust in _TRUST for middle in _MIDDLES]
-        spine = [chance for p in RunCounts.PRIOR for chance in (p, 1 - 0.4 * (1 - p), 0.4 * p)]
-        return cls(costs, least_slopes(costs), Counts(branches, 4.0), Counts(spine, 4.0))
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.spine = Counts([chance for p in RunCounts.PRIOR for chance in (p, 1 - 0.4 * (1 - p), 0.4 * p)], 4.0)
 
 
 @dataclass
 class _State:
-    table: RecyclingTable
+    recycler: Recycler
     texts: Texts
     rows: list[_Row]
     auto: _Auto | None
-    previous: Tensor | None = None
-    """The token before each node of the step that is under way, `[batch, n]`; None: nothing was proposed."""
-    before: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +85,12 @@ class Goose(Drafter):
     forward over n tokens costs. Of every committed token it counts whether the copy was right, by how many tokens
     agreed before it and by what the table says, and whether each candidate was, by its score. A tree then grows node by
     node where the next token is likeliest, to the number of nodes with the most expected tokens per measured second.
-    As counts tell what a match is worth, the newest of the longest matches is copied however short it is, and these
-    take the place of `extra`, `confidence`, `ngrams`, `copied`, `extended`, `long_match`, `spine_share`, `decay` and
-    `depth`.
+    As counts tell what a match is worth, the newest of the longest matches is copied however short it is; the table
+    knows contexts of up to four tokens. These take the place of `extra`, `confidence`, `ngrams`, `copied`, `extended`,
+    `long_match`, `spine_share`, `decay` and `depth`.
 
     A batch has a text and a rate for each row, and one table, as rows only add knowledge. The table is on the host. It
-    starts empty unless `resources={"table": RecyclingTable(10, bigrams=65537, scored=True)}` or `table` gives one, as
-    for Token Recycling.
+    starts empty unless `resources={"table": Goose().new_table()}` or `table` gives one, as for Token Recycling.
 
     Attributes:
         size: Nodes of a tree, the root included, before confidence adds up to `extra`; or `"auto"`.
@@ -237,8 +187,7 @@ class Goose(Drafter):
     # The tree -------------------------------------------------------------------------------------
     def build(
         self,
-        anchor: int,
-        previous: int,
+        context: Context,
         chain: Sequence[int],
         confidence: float,
         rate: float,
@@ -247,15 +196,14 @@ class Goose(Drafter):
         """The paper's tree (algorithm 1), and the length of its spine, whose nodes are 1 to that.
 
         Args:
-            anchor: The last committed token.
-            previous: The token before it, -1 if there is none.
+            context: The last committed token, and the one before it if there is one.
             chain: Copied tokens.
             confidence: In the chain, 0 to 1.
             rate: Running rate of accepted spine nodes.
             successors: The table.
         """
         assert self.size != "auto"
-        tree = Tree(anchor)
+        tree = Tree(context[-1])
         budget = self.size + _floor(self.extra * confidence)
         base = 0.15 if rate < 0.2 else 0.3 if rate < 0.4 else 0.5
         spine = min(len(chain), _floor(budget * (base + confidence * (1 - base))))
@@ -268,8 +216,8 @@ class Goose(Drafter):
         for node, most in enumerate(shares):
             # The next spine token is drafted already.
             taken = chain[node] if node < len(chain) and node <= spine else None
-            parent = tree.tokens[tree.parents[node]] if node else previous
-            others = ((token, score) for token, score in successors(tree.tokens[node], parent) if token != taken)
+            behind = _behind(tree, node) if node else context
+            others = ((token, score) for token, score in successors(behind) if token != taken)
             for token, score in _first(others, most):
                 child = tree.add(token, node)
                 if tree.depths[child] < self.depth:
@@ -278,220 +226,158 @@ class Goose(Drafter):
             node, score = queue.popleft()
             depth, left = tree.depths[node], budget - len(tree)
             width = min(max(1, math.ceil(left * score)), max(1, self.k // depth), left)
-            for token, own in successors(tree.tokens[node], tree.tokens[tree.parents[node]])[:width]:
+            for token, own in successors(_behind(tree, node))[:width]:
                 child = tree.add(token, node)
                 if depth + 1 < self.depth:
                     queue.append((child, own))
         return tree, spine
 
-    def build_isotropic(self, anchor: int, previous: int, confidence: float, successors: Successors) -> Tree:
+    def build_isotropic(self, context: Context, confidence: float, successors: Successors) -> Tree:
         """The control: the same candidates and number of nodes, as many under every node."""
         assert self.size != "auto"
-        tree = Tree(anchor)
+        tree = Tree(context[-1])
         budget = self.size + _floor(self.extra * confidence)
         queue = deque([0])
         while queue and len(tree) < budget:
             node = queue.popleft()
-            parent = tree.tokens[tree.parents[node]] if node else previous
-            for token, _ in successors(tree.tokens[node], parent)[: min(self.children, budget - len(tree))]:
+            behind = _behind(tree, node) if node else context
+            for token, _ in successors(behind)[: min(self.children, budget - len(tree))]:
                 child = tree.add(token, node)
                 if tree.depths[child] < self.depth:
                     queue.append(child)
         return tree
 
     def grow(
-        self, auto: _Auto, table: RecyclingTable, anchor: int, previous: int, chain: Sequence[int], run: int, room: int
+        self, auto: _Auto, recycler: Recycler, context: Context, chain: Sequence[int], run: int, room: int
     ) -> tuple[Tree, list[float]]:
         """The tree of likeliest nodes in the order they were taken, and the chance that each is reached.
 
-        A node is its token, the token before it, and how much of the chain it ends: -1 off the spine.
+        A node is the last ids of its path, and how much of the chain they end: -1 off the spine.
         """
 
-        def children(node: tuple[int, int, int], least: float) -> Iterator[tuple[float, tuple[int, int, int]]]:
-            token, before, place = node
-            paired, found = self._candidates(table, token, before)
+        def children(node: tuple[Context, int], least: float) -> Iterator[tuple[float, tuple[Context, int]]]:
+            path, place = node
+            length, found = self._candidates(recycler, path)
             copied, rest = None, 1.0
             if 0 <= place < len(chain):
                 copied = chain[place]
                 chance = auto.spine.chances[_spine_kind(run + place, copied, found)]
-                yield chance, (copied, token, place + 1)
+                yield chance, ((*path, copied)[-ORDER:], place + 1)
                 own = next((score for other, score in found if other == copied), 0.0)
                 # Where the copy is wrong, what the table gives to its token falls to the others.
                 rest = (1 - chance) / max(1 - own, 1 - chance, 0.05)
             for other, score in found:
-                chance = rest * auto.branches.chances[_branch_kind(paired, score)]
+                chance = rest * auto.chance(length, score)
                 if other != copied and chance > least:
-                    yield chance, (other, token, -1)
+                    yield chance, ((*path, other)[-ORDER:], -1)
 
-        grown = Growth((anchor, previous, 0), children, auto.costs, auto.floors, room)
-        tree = Tree(anchor)
-        for (token, _, _), parent in zip(grown.nodes[1:], grown.parents[1:], strict=True):
-            tree.add(token, parent)
-        return tree, grown.reach
+        grown = Growth((context, 0), children, auto.costs, auto.floors, room)
+        return planted(context, [path[-1] for path, _ in grown.nodes], grown.parents), grown.reach
 
     # The drafter ----------------------------------------------------------------------------------
-    def start(self, session: Session) -> _State:
-        table = table_of(session, self.slug, self.table, self.k, bigrams=self.bigrams, scored=True)
-        auto = _Auto.measured(session) if self.size == "auto" else None
-        reach = max(self.ngrams) if auto is None else RunCounts.LONGEST
-        state = _State(table, Texts(session, reach), [_Row() for _ in range(session.batch)], auto)
-        if self.harvest_prompt and self.sources != "spine":
-            session.on_prompt = functools.partial(self._harvest, state)
-            state.before = [-1] * session.batch
-        return state
+    def new_table(self) -> RecyclingTable:
+        """An empty table of the kind that this drafter keeps, to share among calls."""
+        return RecyclingTable(self.k, **self._form())
 
-    def _harvest(self, state: _State, ids: Tensor, valid: Tensor | None, logits: Tensor) -> None:
-        before = torch.tensor(state.before)[:, None]
-        tokens = ids.cpu()
-        real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.cpu()
-        previous = torch.cat([before, tokens[:, :-1].masked_fill(~real[:, :-1], -1)], 1)
-        state.before = tokens[:, -1].masked_fill(~real[:, -1], -1).tolist()
-        with state.table.lock:
-            state.table.open(logits.shape[-1], _CPU)
-            for begin in range(0, tokens.shape[1], _SPAN):
-                span = slice(begin, begin + _SPAN)
-                own = real[:, span]
-                scores = logits[:, span][own.to(logits.device)]
-                state.table.learn(tokens[:, span][own], scores.float(), previous[:, span][own])
+    def _form(self) -> dict[str, Any]:
+        if self.size == "auto":
+            return {"order": ORDER, "contexts": CONTEXTS, "scored": True}
+        return {"order": 2 if self.bigrams else 1, "contexts": self.bigrams, "scored": True}
+
+    def start(self, session: Session) -> _State:
+        table = table_of(session, self.slug, self.table, self.k, **self._form())
+        auto = _Auto(session) if self.size == "auto" else None
+        reach = max(self.ngrams) if auto is None else RunCounts.LONGEST
+        recycler = Recycler(session, table, self.least_score)
+        if self.harvest_prompt and self.sources != "spine":
+            session.on_prompt = recycler.harvest
+        return _State(recycler, Texts(session, reach), [_Row() for _ in range(session.batch)], auto)
 
     def propose(self, session: Session, state: _State, room: int) -> DraftTree:
+        if state.auto is not None:
+            state.auto.begin()
         state.texts.update(session)
         trees: list[Tree] = []
         reaches: list[list[float]] = []
-        with state.table.lock:
-            state.table.open(session.vocab, _CPU)
+        with state.recycler.table.lock:
+            state.recycler.open(session.vocab)
             for row, text, alive in zip(state.rows, state.texts.rows, session.alive, strict=True):
                 if not alive:
                     # What a finished row drafts is not looked at.
                     trees.append(Tree(0))
                 elif state.auto is None:
-                    trees.append(self._fixed(state.table, row, text))
+                    trees.append(self._fixed(state.recycler, row, text))
                 else:
-                    tree, reach = self._auto(state.auto, state.table, row, text, room)
+                    tree, reach = self._auto(state.auto, state.recycler, row, text, room)
                     trees.append(tree)
                     reaches.append(reach)
         if state.auto is not None:
-            size = best_size(reaches, state.auto.costs)
-            trees = [tree.prefix(size) for tree in trees]
-        for tree, text in zip(trees, state.texts.rows, strict=True):
-            if len(tree) == 1 and text.size > 1:
-                tree.before = int(text.ids[-2])
-        return self._laid_out(session, state, trees)
+            trees = state.auto.cut(trees, reaches)
+        return state.recycler.lay_out(session, trees)
 
-    def _fixed(self, table: RecyclingTable, row: _Row, text: Text) -> Tree:
-        anchor, previous = int(text.ids[-1]), int(text.ids[-2]) if text.size > 1 else -1
+    def _fixed(self, recycler: Recycler, row: _Row, text: Text) -> Tree:
+        context = tuple(text.ids[-2:].tolist())
         chain, _, consensus = self.copy(text) if self.sources != "branches" else ([], 0, False)
         row.chain, row.spine = chain, 0
-        if self.sources == "spine" or table.row(anchor, previous) < 0:
-            tree = Tree(anchor, previous)
-            for place, token in enumerate(chain):
-                tree.add(token, place)
+        if self.sources == "spine" or not recycler.candidates(context)[0]:
             row.spine = len(chain)
-            return tree
+            return planted(context, [context[-1], *chain], range(-1, len(chain)))
         confidence = self.trust(len(chain), consensus) if self.confidence else 0.0
-        successors = functools.partial(table.successors, least=self.least_score)
+        successors: Successors = lambda behind: recycler.candidates(behind)[1]  # noqa: E731
         if self.tree == "isotropic":
-            return self.build_isotropic(anchor, previous, confidence, successors)
-        if confidence > 0.6:
-            row.chain = self.extend(text, chain, confidence)
-        tree, row.spine = self.build(anchor, previous, row.chain, confidence, row.rate, successors)
+            tree = self.build_isotropic(context, confidence, successors)
+        else:
+            if confidence > 0.6:
+                row.chain = self.extend(text, chain, confidence)
+            tree, row.spine = self.build(context, row.chain, confidence, row.rate, successors)
+        if len(tree) == 1:
+            tree.before = context[:-1]
         return tree
 
-    def _auto(self, auto: _Auto, table: RecyclingTable, row: _Row, text: Text, room: int) -> tuple[Tree, list[float]]:
-        anchor, previous = int(text.ids[-1]), int(text.ids[-2]) if text.size > 1 else -1
+    def _auto(self, auto: _Auto, recycler: Recycler, row: _Row, text: Text, room: int) -> tuple[Tree, list[float]]:
         match = text.longest() if self.sources != "branches" else None
         row.chain, row.run = [], 0
         if match is not None:
             # One more than can be drafted: it is judged by the target's own token.
             row.chain, row.run = text.copy(match[0], min(room, len(auto.costs) - 2) + 1), match[1]
-        return self.grow(auto, table, anchor, previous, row.chain, row.run, room)
+        return self.grow(auto, recycler, tuple(text.ids[-ORDER:].tolist()), row.chain, row.run, room)
 
-    def _candidates(self, table: RecyclingTable, token: int, previous: int) -> tuple[bool, Candidates]:
-        if self.sources == "spine":
-            return False, []
-        row = table.row(token, previous)
-        return row >= table.vocab, table.candidates(row, self.least_score)
-
-    def _laid_out(self, session: Session, state: _State, trees: list[Tree]) -> DraftTree:
-        """The trees of all rows, breadth first, smaller ones filled up with nodes that are not real."""
-        size = max(map(len, trees))
-        if size == 1:
-            state.previous = torch.tensor([[tree.before] for tree in trees])
-            return DraftTree.root(session.anchor)
-        tokens = np.zeros((session.batch, size), dtype=np.int64)
-        parents, depths, previous = tokens.copy(), tokens.copy(), np.full_like(tokens, -1)
-        sees = np.zeros((session.batch, size, size), dtype=bool)
-        for row, tree in enumerate(trees):
-            order = sorted(range(len(tree)), key=tree.depths.__getitem__)
-            place = [0] * len(tree)
-            for new, old in enumerate(order):
-                place[old] = new
-            parents[row, 0], previous[row, 0] = -1, tree.before
-            for new, old in enumerate(order):
-                tokens[row, new], depths[row, new] = tree.tokens[old], tree.depths[old]
-                if new:
-                    above = place[tree.parents[old]]
-                    parents[row, new], previous[row, new] = above, tree.tokens[tree.parents[old]]
-                    sees[row, new] = sees[row, above]
-                sees[row, new, new] = True
-            # Nodes that are not real stand beside the last one, so that depths ascend.
-            last = len(tree) - 1
-            for new in range(last + 1, size):
-                parents[row, new], depths[row, new] = max(parents[row, last], 0), max(depths[row, last], 1)
-                sees[row, new] = sees[row, parents[row, new]]
-                sees[row, new, new] = True
-        state.previous = torch.from_numpy(previous)
-        valid: Tensor | None = None
-        if any(len(tree) < size for tree in trees):
-            real = np.arange(size) < np.array([[len(tree)] for tree in trees])
-            valid = torch.from_numpy(real).to(session.device)
-        on_device = [torch.from_numpy(array).to(session.device) for array in (tokens, parents, depths, sees)]
-        on_device[0][:, 0] = session.anchor
-        return DraftTree(on_device[0], TreeShape(*on_device[1:]), valid)
+    def _candidates(self, recycler: Recycler, context: Context) -> tuple[int, Candidates]:
+        return (0, []) if self.sources == "spine" else recycler.candidates(context)
 
     def observe(self, session: Session, state: _State, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
         chosen, counts = walk.tokens.tolist(), walk.counts.tolist()
-        with state.table.lock:
-            state.table.open(session.vocab, _CPU)
+        with state.recycler.table.lock:
+            state.recycler.open(session.vocab)
             for number, row in enumerate(state.rows):
-                # Without room for drafts nothing was looked up.
-                if not session.alive[number] or state.previous is None:
+                if not session.alive[number] or not state.recycler.waits:
                     continue
                 tokens = chosen[number][: counts[number]]
                 # The tree may have been cut to the room that was left.
                 spine = min(row.spine, tree.shape.deepest)
                 if state.auto is not None:
-                    self._count(state.auto, state.table, row, state.texts.rows[number], tokens)
+                    self._count(state.auto, state.recycler, row, state.texts.rows[number], tokens)
                 elif spine:
                     copied = _agreeing(row.chain[:spine], tokens[:-1])
                     row.rate = self.decay * copied / spine + (1 - self.decay) * row.rate
             if self.sources != "spine":
-                self._learn(session, state, tree, logits)
-            state.previous = None
+                state.recycler.learn(session, tree, logits)
 
-    def _count(self, auto: _Auto, table: RecyclingTable, row: _Row, text: Text, tokens: Sequence[int]) -> None:
-        before, token = int(text.ids[-2]) if text.size > 1 else -1, int(text.ids[-1])
+    def _count(self, auto: _Auto, recycler: Recycler, row: _Row, text: Text, tokens: Sequence[int]) -> None:
+        context = tuple(text.ids[-ORDER:].tolist())
         copying = True
         for place, chosen in enumerate(tokens):
-            paired, found = self._candidates(table, token, before)
-            for other, score in found:
-                auto.branches.add(_branch_kind(paired, score), other == chosen)
+            length, found = self._candidates(recycler, context)
+            auto.count(length, found, chosen)
             if copying and place < len(row.chain):
                 copying = row.chain[place] == chosen
                 auto.spine.add(_spine_kind(row.run + place, row.chain[place], found), copying)
-            before, token = token, chosen
+            context = (*context, chosen)[-ORDER:]
 
-    def _learn(self, session: Session, state: _State, tree: DraftTree, logits: Tensor) -> None:
-        tokens = tree.tokens.cpu()
-        previous = torch.full_like(tokens, -1)
-        if state.previous is not None:
-            previous = state.previous[:, : tokens.shape[1]]
-        if tree.valid is None and all(session.alive):
-            state.table.learn(tokens.flatten(), logits.flatten(0, 1), previous.flatten())
-            return
-        real = torch.tensor(session.alive)[:, None].expand_as(tokens)
-        real = real if tree.valid is None else real & tree.valid.cpu()
-        state.table.learn(tokens[real], logits[real.to(logits.device)], previous[real])
+
+def _behind(tree: Tree, node: int) -> Context:
+    """A node's token and its parent's."""
+    return tree.tokens[tree.parents[node]], tree.tokens[node]
 
 
 def _first(candidates: Iterator[tuple[int, float]], most: int) -> Candidates:
@@ -502,10 +388,6 @@ def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
     """How many first tokens two runs share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _branch_kind(paired: bool, score: float) -> int:
-    return paired * len(_MIDDLES) + bisect_right(_SCORES, score)
 
 
 def _spine_kind(run: int, copied: int, found: Candidates) -> int:

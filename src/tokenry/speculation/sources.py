@@ -1,7 +1,7 @@
 """Where drafts come from when nothing is trained: the text itself, and what the model wanted after each token.
 
 Text              a row's ids on the host, and where its last tokens stood before
-RecyclingTable    the best next ids after each token, and after each pair of tokens
+RecyclingTable    the best next ids after each token, and after contexts of several tokens
 Template          a fixed tree of candidate ranks, laid out for retrieval from a table
 """
 
@@ -153,38 +153,49 @@ class Template:
             above = level[0]
 
 
+# A context's key: a polynomial of its ids, modulo a prime; 64 bits hold the sum for contexts of any use.
+_PRIME, _BASE = 2**31 - 1, 1_640_531_527
+
+
 class RecyclingTable:
-    """What the model last wanted after each token, best first, and after each pair of tokens if asked for.
+    """What the model last wanted after each token, best first, and after contexts of several tokens if asked for.
 
     It outlives calls when the caller keeps it (`resources={"table": table}`), and is then shared by threads under its
     lock; `save` and `load` carry it from one process to the next. It takes the width of the logits at first use.
 
-    Pairs of tokens share a fixed number of rows behind those of single tokens: a pair's row follows from its two ids,
-    and the newest of the pairs that fall on one row holds it. So the table does not grow, however long it is used.
+    Contexts of 2 to `order` tokens share a fixed number of rows behind those of single tokens: a context's row follows
+    from its ids, and the newest of those that fall on one row holds it. So the table does not grow, however long it is
+    used. Contexts are told apart by 31 bits; two that are taken for each other cost a draft, never an output.
 
     Attributes:
         k: Candidates of each row.
-        bigrams: Rows for pairs; a prime number spreads them best. 0: none.
+        order: Most tokens of a context, the last one included.
+        contexts: Rows for contexts of several tokens; a prime number spreads them best. 0 where `order` is 1.
         scored: Whether the softmax over the `k` best logits is kept beside the ids.
         tokenizer: Name of the tokenizer it was learned with: the caller's, else one made from the vocabulary at first
             use where the call knows its tokenizer; empty if neither is known.
-        ids: `[vocab + bigrams, k]` int32, None before the first use.
-        scores: `[vocab + bigrams, k]` float16, None if not `scored`.
-        seen: Which rows hold anything, bool `[vocab + bigrams]`.
-        pairs: Which pair a pair's row holds, `previous * vocab + token`, int64 `[bigrams]`; -1: none.
+        ids: `[vocab + contexts, k]` int32, None before the first use.
+        scores: `[vocab + contexts, k]` float16, None if not `scored`.
+        seen: Which rows hold anything, bool `[vocab + contexts]`.
+        keys: Which context a context's row holds, int64 `[contexts]`.
         vocab: Width of the logits; 0 before the first use.
         lock: Held while a call reads or writes.
     """
 
-    def __init__(self, k: int = 8, tokenizer: str = "", *, bigrams: int = 0, scored: bool = False) -> None:
-        if k < 1 or bigrams < 0:
-            raise BadParameter(f"a recycling table of k={k}, bigrams={bigrams} is not allowed; at least 1 and 0")
-        self.k, self.tokenizer, self.bigrams, self.scored = k, tokenizer, bigrams, scored
+    def __init__(
+        self, k: int = 8, tokenizer: str = "", *, order: int = 1, contexts: int = 0, scored: bool = False
+    ) -> None:
+        if k < 1 or order < 1 or contexts < 0 or (order > 1) != (contexts > 0):
+            raise BadParameter(
+                f"a recycling table of k={k}, order={order}, contexts={contexts} is not allowed; k and order must be "
+                "at least 1, and contexts at least 1 if order is above 1, else 0"
+            )
+        self.k, self.tokenizer, self.order, self.contexts, self.scored = k, tokenizer, order, contexts, scored
         self.vocab = 0
         self.ids: Tensor | None = None
         self.seen: Tensor | None = None
         self.scores: Tensor | None = None
-        self.pairs: Tensor | None = None
+        self.keys: Tensor | None = None
         self.lock = threading.RLock()
 
     @property
@@ -202,14 +213,14 @@ class RecyclingTable:
         if self.ids is None:
             if self.k > vocab:
                 raise BadParameter(f"k={self.k} is not allowed; k must be at most the model's {vocab} ids")
-            rows = vocab + self.bigrams
+            rows = vocab + self.contexts
             self.vocab = vocab
             self.ids = torch.zeros(rows, self.k, dtype=torch.int32, device=device)
             self.seen = torch.zeros(rows, dtype=torch.bool, device=device)
             if self.scored:
                 self.scores = torch.zeros(rows, self.k, dtype=torch.float16, device=device)
-            if self.bigrams:
-                self.pairs = torch.full((self.bigrams,), -1, dtype=torch.int64, device=device)
+            if self.contexts:
+                self.keys = torch.zeros(self.contexts, dtype=torch.int64, device=device)
         elif self.vocab != vocab:
             raise ResourceError(
                 f"the recycling table was learned with {self.vocab} ids and the model has {vocab}; "
@@ -230,65 +241,103 @@ class RecyclingTable:
             tokens.append(flat[above * self.k + ranks].long())
         return torch.cat(tokens, 1), torch.cat(known, 1)
 
-    def row(self, token: int, previous: int = -1) -> int:
-        """The row of a pair if it is known, else of the token, or -1; the table must be on the CPU."""
-        assert self.seen is not None
-        if self.pairs is not None and previous >= 0:
-            pair = previous * self.vocab + token
-            row = pair % self.bigrams
-            if self.pairs.numpy()[row] == pair:
-                return self.vocab + row
-        return token if self.seen.numpy()[token] else -1
+    def row(self, context: Sequence[int]) -> tuple[int, int]:
+        """The row of the longest known context at the end of ids, oldest first, and its length; -1 and 0 where not even
+        the last token is known. The table must be on the CPU."""
+        _, _, seen, held = self._on_host
+        token = context[-1]
+        if held is not None:
+            own, key = [], 0
+            for power, before in zip(self._powers, context[: -self.order - 1 : -1], strict=False):
+                own.append(key := key + (before + 1) * power)
+            for length in range(len(own), 1, -1):
+                key = own[length - 1] % _PRIME
+                row = key % self.contexts
+                if held.item(row) == key:
+                    return self.vocab + row, length
+        return (token, 1) if seen.item(token) else (-1, 0)
 
     def candidates(self, row: int, least: float = 0.0) -> Candidates:
         """Candidates of a row, best first, with scores of at least `least`; none of row -1.
 
         The table must be scored and on the CPU.
         """
-        assert self.ids is not None and self.scores is not None
         if row < 0:
             return []
-        scored = zip(self.ids.numpy()[row].tolist(), self.scores.numpy()[row].tolist(), strict=True)
-        return [(token, score) for token, score in scored if score >= least]
+        ids, scores, _, _ = self._on_host
+        assert scores is not None
+        own = scores[row].tolist()
+        # Scores fall, so those that are high enough come first.
+        return list(zip(ids[row, : sum(score >= least for score in own)].tolist(), own, strict=False))
 
-    def successors(self, token: int, previous: int = -1, least: float = 0.0) -> Candidates:
-        """Candidates after a token: those of its pair with the token before it, if that is known."""
-        return self.candidates(self.row(token, previous), least)
+    def successors(self, context: Sequence[int], least: float = 0.0) -> Candidates:
+        """Candidates behind ids: those of the longest context at their end that is known."""
+        return self.candidates(self.row(context)[0], least)
 
-    def learn(self, tokens: Tensor, logits: Tensor, previous: Tensor | None = None) -> None:
-        """Write the k best ids of raw logits `[n, vocab]` into the rows of tokens `[n]`, and of the pairs with the
-        tokens before them `[n]`, -1 where there is none; the last occurrence wins."""
+    def learn(self, tokens: Tensor, logits: Tensor, before: Tensor | None = None) -> None:
+        """Write the k best ids of raw logits `[n, vocab]` into the rows of tokens `[n]`, and of their contexts; the
+        last occurrence wins.
+
+        Args:
+            before: The tokens before each, `[n, order - 1]`, the nearest first, -1 where there is none; None: contexts
+                are not learned.
+        """
         assert self.ids is not None and self.seen is not None
-        rows, source = tokens, None
-        if self.pairs is not None and previous is not None:
-            paired = (previous >= 0).nonzero()[:, 0]
-            pair = previous[paired] * self.vocab + tokens[paired]
-            rows = torch.cat([tokens, self.vocab + pair % self.bigrams])
-            source = torch.cat([torch.arange(len(tokens), device=tokens.device), paired])
-        # A stable sort puts a row's occurrences together in order; a scatter would leave the winner to the device.
-        ordered, order = rows.sort(stable=True)
+        if self.ids.device.type == "cpu":
+            self._learn_on_host(tokens, logits, before)
+            return
+        if self.contexts:
+            raise ResourceError("a recycling table of contexts is looked up on the host: open it there before learning")
+        # A stable sort puts a token's occurrences together in order; a scatter would leave the winner to the device.
+        ordered, order = tokens.sort(stable=True)
         last = torch.ones_like(ordered, dtype=torch.bool)
         torch.ne(ordered[1:], ordered[:-1], out=last[:-1])
         rows, pick = ordered[last], order[last]
-        if source is None:
-            best = logits[pick.to(logits.device)].topk(self.k, dim=-1)
-            ids, scores = best.indices, best.values
-        else:
-            # Most tokens go into two rows, so the candidates are looked for once, before they are dealt out.
-            best = logits.topk(self.k, dim=-1)
-            spread = source[pick].to(logits.device)
-            ids, scores = best.indices[spread], best.values[spread]
-        self.ids[rows] = ids.to(self.ids)
+        best = logits[pick].topk(self.k, dim=-1)
+        self.ids[rows] = best.indices.to(self.ids)
         if self.scores is not None:
-            self.scores[rows] = scores.float().softmax(-1).to(self.scores)
+            self.scores[rows] = best.values.float().softmax(-1).to(self.scores)
         self.seen[rows] = True
-        if source is not None and self.pairs is not None:
-            of_pairs = rows >= self.vocab
-            self.pairs[rows[of_pairs] - self.vocab] = pair[pick[of_pairs] - len(tokens)]
+
+    def _learn_on_host(self, tokens: Tensor, logits: Tensor, before: Tensor | None) -> None:
+        # A step teaches a few rows, for which numpy takes a fraction of the time. Of equal rows it keeps the last.
+        table_ids, table_scores, seen, held = self._on_host
+        best = logits.topk(self.k, dim=-1)
+        rows = own = tokens.cpu().numpy()
+        pick: Any = slice(None)
+        if held is not None and before is not None:
+            line = np.concatenate([own[:, None], before.numpy()], 1)
+            known = np.logical_and.accumulate(line >= 0, 1).T
+            keys = ((line + 1) @ self._columns % _PRIME).T
+            places = keys % self.contexts
+            lengths, pick = known.nonzero()
+            longer = lengths > 0
+            held[places[known][longer]] = keys[known][longer]
+            rows = np.where(longer, self.vocab + places[known], own[pick])
+        table_ids[rows], seen[rows] = best.indices.cpu().numpy()[pick], True
+        if table_scores is not None:
+            table_scores[rows] = best.values.float().softmax(-1).cpu().numpy()[pick]
+
+    @functools.cached_property
+    def _powers(self) -> list[int]:
+        """What each id of a context is multiplied by, the last id first."""
+        return [pow(_BASE, place, _PRIME) for place in range(self.order)]
+
+    @functools.cached_property
+    def _columns(self) -> np.ndarray:
+        """The powers that the contexts of each length take, `[order, order]`."""
+        return np.triu(np.array(self._powers, dtype=np.int64)[:, None].repeat(self.order, 1))
+
+    @functools.cached_property
+    def _on_host(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]:
+        """`ids`, `scores`, `seen` and `keys` as arrays on the same memory, where the table is on the CPU."""
+        assert self.ids is not None and self.seen is not None
+        scores = None if self.scores is None else self.scores.numpy()
+        return self.ids.numpy(), scores, self.seen.numpy(), None if self.keys is None else self.keys.numpy()
 
     def copy(self) -> RecyclingTable:
         """A table of its own that starts with what this one holds."""
-        other = RecyclingTable(self.k, self.tokenizer, bigrams=self.bigrams, scored=self.scored)
+        other = RecyclingTable(self.k, self.tokenizer, order=self.order, contexts=self.contexts, scored=self.scored)
         with self.lock:
             other.vocab = self.vocab
             other._set({name: tensor.clone() for name, tensor in self._tensors().items()})
@@ -304,7 +353,7 @@ class RecyclingTable:
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
         if not tensors:
             raise ResourceError("the recycling table is empty; generate with it before saving it")
-        about = {"k": self.k, "tokenizer": self.tokenizer, "vocab": self.vocab, "bigrams": self.bigrams}
+        about = {name: getattr(self, name) for name in ("k", "tokenizer", "vocab", "order", "contexts")}
         # A reader, or another writer, never meets half a file.
         part = Path(f"{path}.{os.getpid()}-{threading.get_ident()}.part")
         save_file(tensors, str(part), metadata={"recycling": json.dumps(about)})
@@ -331,23 +380,24 @@ class RecyclingTable:
             raise ResourceError(f"{path} is not a recycling table; write one with RecyclingTable.save")
         if tokenizer is not None and about["tokenizer"] != tokenizer:
             raise ResourceError(f"{path} was learned with tokenizer {about['tokenizer']!r}, not {tokenizer!r}")
-        scored = "scores" in tensors
-        table = cls(about["k"], about["tokenizer"], bigrams=about.get("bigrams", 0), scored=scored)
+        form = {"order": about.get("order", 1), "contexts": about.get("contexts", 0), "scored": "scores" in tensors}
+        table = cls(about["k"], about["tokenizer"], **form)
         table.vocab = about["vocab"]
         table._set(tensors)
         return table
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {"ids": self.ids, "seen": self.seen, "scores": self.scores, "pairs": self.pairs}
+        named = {"ids": self.ids, "seen": self.seen, "scores": self.scores, "keys": self.keys}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
+        self.__dict__.pop("_on_host", None)
 
 
 def table_of(
-    session: Session, slug: str, path: str | None, k: int, *, bigrams: int = 0, scored: bool = False
+    session: Session, slug: str, path: str | None, k: int, *, order: int = 1, contexts: int = 0, scored: bool = False
 ) -> RecyclingTable:
     """The table of a call: the resource `table`, else what a file holds, else an empty one.
 
@@ -361,8 +411,8 @@ def table_of(
     if table is None and path is not None:
         table = _loaded(os.path.abspath(Path(path).expanduser()), _stamp(path)).copy()
     if table is None:
-        return RecyclingTable(k, bigrams=bigrams, scored=scored)
-    wanted = {"k": k, "bigrams": bigrams, "scored": scored}
+        return RecyclingTable(k, order=order, contexts=contexts, scored=scored)
+    wanted = {"k": k, "order": order, "contexts": contexts, "scored": scored}
     if not isinstance(table, RecyclingTable):
         raise ResourceError(f"{slug}: the resource 'table' must be a RecyclingTable, not {type(table).__name__}")
     given = {name: getattr(table, name) for name in wanted}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenry.generation.engine import Session
-from tokenry.speculation.budget import RankCounts, best_nodes, forward_costs
 from tokenry.speculation.engine import Drafter, DraftTree, Walk
-from tokenry.speculation.sources import Path_, RecyclingTable, Template, table_of
+from tokenry.speculation.recycling import CONTEXTS, ORDER, Odds, Recycler, Tree
+from tokenry.speculation.sources import Path_, RecyclingTable, Template, Texts, table_of
 
 # Children of each node of the official tree 2.2.2 in breadth-first order, level by level.
 _CHILDREN = (
@@ -24,12 +24,8 @@ _CHILDREN = (
     (2, 0, 0, 1, 0, 0, 0, 0),
 )
 
-# Chance of each rank before a call has counted its own, for `template="auto"`.
-_PRIOR = (0.45, 0.13, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
-# Verify steps between two choices of the tree.
-_PATIENCE = 4
-# Where one path goes on being right, it pays to go on beyond the paper's six levels.
-_DEEPEST = 20
+# Candidates below this score are not worth a node of `template="auto"`.
+_LEAST = 0.01
 _SPAN = 2048
 
 
@@ -44,13 +40,6 @@ def standard_template() -> tuple[Path_, ...]:
     return tuple(nodes)
 
 
-@functools.cache
-def _candidates() -> tuple[Path_, ...]:
-    """What `template="auto"` chooses from: the paper's nodes, and its deepest path further down."""
-    paths = standard_template()
-    return (*paths, *((0,) * depth for depth in range(len(_CHILDREN) + 1, _DEEPEST + 1)))
-
-
 @functools.lru_cache(maxsize=512)
 def _template(paths: tuple[Path_, ...], device: torch.device) -> Template:
     return Template(paths, device)
@@ -58,11 +47,19 @@ def _template(paths: tuple[Path_, ...], device: torch.device) -> Template:
 
 @dataclass
 class _State:
+    """A call with a fixed tree."""
+
     table: RecyclingTable
     template: Template
-    counts: RankCounts | None = None
-    costs: list[float] | None = None
-    steps: int = 0
+
+
+@dataclass
+class _Auto:
+    """A call with `template="auto"`."""
+
+    recycler: Recycler
+    odds: Odds
+    texts: Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +70,18 @@ class TokenRecycling(Drafter):
     its logits, at rejected nodes too, overwrite the rows of all tokens in it. Source: Turning Trash into Treasure,
     arXiv 2408.08696, section 3; tree and k are the authors'. It needs no training and under 2 MB.
 
-    Where `template="auto"`, the nodes of the paper's tree are chosen for speed. Once per process and model it measures
-    what a forward over n tokens costs. From the rank that every committed token had among the candidates of the token
-    before it, it estimates by depth how likely each node is accepted. Every few steps it takes the tree with the most
-    expected tokens per measured second: the likeliest nodes of the best number.
+    Where `template="auto"`, a tree is grown for speed, node by node where the next token is likeliest, to the number
+    of nodes with the most expected tokens per measured second. Once per process and model it measures what a forward
+    over n tokens costs. The table then keeps the candidates' scores, and rows for contexts of up to four tokens too;
+    the longest known context at the end of a path gives its candidates, and counts of this call say how far to trust a
+    score. These are additions: the paper's table knows single tokens alone.
 
-    On the CPU, where every node costs, what lies under tokens not yet learned is left out; elsewhere the tree keeps its
-    shape. A batch shares one table, as rows only add knowledge.
+    On the CPU, where every node costs, what lies under tokens not yet learned is left out of a fixed tree; elsewhere
+    the tree keeps its shape. A batch shares one table, as rows only add knowledge.
 
     Every call starts with an empty table, unless it is given one: `resources={"table": RecyclingTable()}` shares a
     table among calls and threads, each learning from the others (the paper's hot start); `table=PATH` starts each call
-    from what `RecyclingTable.save` wrote there.
+    from what `RecyclingTable.save` wrote there. `template="auto"` needs one made by `TokenRecycling.new_table`.
 
     Attributes:
         k: Candidates kept for each token.
@@ -118,14 +116,24 @@ class TokenRecycling(Drafter):
             return standard_template()
         return standard_template()[: self.template] if isinstance(self.template, int) else self.template
 
-    def start(self, session: Session) -> _State:
-        table = table_of(session, self.slug, self.table, self.k)
-        state = _State(table, _template(self._paths(), session.device))
-        if self.harvest_prompt and table.is_cold:
-            session.on_prompt = functools.partial(self._harvest, session, state)
+    def new_table(self) -> RecyclingTable:
+        """An empty table of the kind that this drafter keeps, to share among calls."""
+        return RecyclingTable(self.k, **self._form())
+
+    def _form(self) -> dict[str, Any]:
+        return {"order": ORDER, "contexts": CONTEXTS, "scored": True} if self.template == "auto" else {}
+
+    def start(self, session: Session) -> _State | _Auto:
+        table = table_of(session, self.slug, self.table, self.k, **self._form())
+        learns = self.harvest_prompt and table.is_cold
         if self.template == "auto":
-            state.counts = RankCounts(_DEEPEST, _PRIOR)
-            state.costs = forward_costs(session)
+            recycler = Recycler(session, table, _LEAST)
+            if learns:
+                session.on_prompt = recycler.harvest
+            return _Auto(recycler, Odds(session), Texts(session, 1))
+        state = _State(table, _template(self._paths(), session.device))
+        if learns:
+            session.on_prompt = functools.partial(self._harvest, session, state)
         return state
 
     def _harvest(self, session: Session, state: _State, ids: Tensor, valid: Tensor | None, logits: Tensor) -> None:
@@ -140,12 +148,10 @@ class TokenRecycling(Drafter):
                 else:
                     table.learn(tokens.flatten(), scores.flatten(0, 1).float())
 
-    def propose(self, session: Session, state: _State, room: int) -> DraftTree:
-        table = state.table
-        if state.counts is not None and state.costs is not None and state.steps % _PATIENCE == 0:
-            state.template = self._chosen(state.counts, state.costs, session.device)
-        state.steps += 1
-        template = state.template
+    def propose(self, session: Session, state: _State | _Auto, room: int) -> DraftTree:
+        if isinstance(state, _Auto):
+            return self._grown(session, state, room)
+        table, template = state.table, state.template
         with table.lock:
             table.open(session.vocab, session.device)
             tokens, known = table.draft(session.anchor, template)
@@ -156,13 +162,34 @@ class TokenRecycling(Drafter):
         known = known[:, nodes]
         return DraftTree(tokens[:, nodes], template.shape.select(nodes), None if bool(known.all()) else known)
 
-    def observe(self, session: Session, state: _State, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
-        table = state.table
+    def _grown(self, session: Session, state: _Auto, room: int) -> DraftTree:
+        state.odds.begin()
+        state.texts.update(session)
+        trees: list[Tree] = []
+        reaches: list[list[float]] = []
+        with state.recycler.table.lock:
+            state.recycler.open(session.vocab)
+            for text, alive in zip(state.texts.rows, session.alive, strict=True):
+                if not alive:
+                    # What a finished row drafts is not looked at.
+                    trees.append(Tree(0))
+                    continue
+                tree, reach = state.odds.grow(state.recycler, tuple(text.ids[-ORDER:].tolist()), room)
+                trees.append(tree)
+                reaches.append(reach)
+        return state.recycler.lay_out(session, state.odds.cut(trees, reaches))
+
+    def observe(self, session: Session, state: _State | _Auto, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
+        table = state.recycler.table if isinstance(state, _Auto) else state.table
         with table.lock:
             # Another thread may have taken the table to its device.
+            if isinstance(state, _Auto):
+                state.recycler.open(session.vocab)
+                if state.recycler.waits:
+                    self._count(session, state, walk)
+                state.recycler.learn(session, tree, logits)
+                return
             table.open(session.vocab, session.device)
-            if state.counts is not None:
-                self._count(session, state.counts, table, tree, walk)
             if tree.valid is None and all(session.alive):
                 table.learn(tree.tokens.flatten(), logits.flatten(0, 1))
             else:
@@ -170,19 +197,12 @@ class TokenRecycling(Drafter):
                 real = real.expand_as(tree.tokens)
                 table.learn(tree.tokens[real], logits[real])
 
-    def _count(self, session: Session, counts: RankCounts, table: RecyclingTable, tree: DraftTree, walk: Walk) -> None:
-        assert table.ids is not None and table.seen is not None
-        behind = tree.tokens.gather(1, walk.path)
-        hits = table.ids[behind] == walk.tokens[..., None]
-        rank = torch.where(hits.any(-1) & table.seen[behind], hits.int().argmax(-1), -1).tolist()
-        for row, count in enumerate(walk.counts.tolist()):
-            if session.alive[row]:
-                for depth in range(count):
-                    found = rank[row][depth]
-                    counts.add(depth, found if 0 <= found < len(_PRIOR) else None)
-
-    def _chosen(self, counts: RankCounts, costs: list[float], device: torch.device) -> Template:
-        paths = _candidates()
-        whole = _template(paths, device)
-        nodes = best_nodes(whole.parents, whole.ranks, whole.depths, counts.chances(), costs)
-        return _template(tuple(paths[node - 1] for node in nodes[1:]), device)
+    def _count(self, session: Session, state: _Auto, walk: Walk) -> None:
+        rows = zip(walk.tokens.tolist(), walk.counts.tolist(), session.alive, state.texts.rows, strict=True)
+        for tokens, count, alive, text in rows:
+            if not alive:
+                continue
+            context = tuple(text.ids[-ORDER:].tolist())
+            for chosen in tokens[:count]:
+                state.odds.count(*state.recycler.candidates(context), chosen)
+                context = (*context, chosen)[-ORDER:]

@@ -79,26 +79,21 @@ def source_files(roots: list[Path], held_out: list[Path] | None = None) -> tuple
     return texts, counts
 
 
-def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context: int) -> Any:
-    """Train a byte-level BPE tokenizer with the special ids of the design and save it to ``folder``."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context: int, kind: str = "bpe") -> Any:
+    """Train a tokenizer with the special ids of the design and save it to ``folder``.
+
+    Args:
+        texts: What it is trained on.
+        folder: Where it is saved.
+        vocabulary: Ids, the special ones included.
+        context: Tokens that its model reads at most.
+        kind: ``"bpe"``, byte-level BPE; or ``"unigram"``, SentencePiece's unigram model with bytes for what has no
+            piece.
+    """
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[*SPECIAL, *UNUSED],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = TOKENIZERS[kind](texts, vocabulary)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
@@ -115,6 +110,61 @@ def train_tokenizer(texts: list[str], folder: Path, *, vocabulary: int, context:
     )
     fast.save_pretrained(folder)
     return fast
+
+
+def _byte_level(texts: list[str], vocabulary: int) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*SPECIAL, *UNUSED],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram(texts: list[str], vocabulary: int) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special, fallback = [*SPECIAL, *UNUSED, "<unk>"], [f"<0x{byte:02X}>" for byte in range(256)]
+    cut = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="never", split=False),
+        ]
+    )
+    learner = Tokenizer(models.Unigram())
+    learner.pre_tokenizer = cut
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary - len(special) - len(fallback),
+        initial_alphabet=["\t", "\n", *map(chr, range(32, 127))],
+        show_progress=False,
+    )
+    # The trainer keeps every letter that it meets; what is not ASCII is left to the bytes.
+    learner.train_from_iterator((text for text in texts if text.isascii()), trainer)
+    pieces = json.loads(learner.to_str())["model"]["vocab"]
+    # No text is to be read as the name of a byte: six letters always score higher.
+    scores = [(piece, 0.0) for piece in special] + [(piece, -1000.0) for piece in fallback]
+    known = {piece for piece, _ in scores}
+    scores += [(piece, score) for piece, score in pieces if piece not in known]
+    tokenizer = Tokenizer(models.Unigram(scores, special.index("<unk>"), byte_fallback=True))
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return tokenizer
+
+
+TOKENIZERS: dict[str, Callable[[list[str], int], Any]] = {"bpe": _byte_level, "unigram": _unigram}
 
 
 class Documents:

@@ -5,6 +5,7 @@ recall      the value of a key from a long context
 arithmetic  worked steps with a checkable answer
 edit        repeat a function with one name changed
 infill      fill lines back into a function (for infillers: the prompt has a hole, `<mask>`)
+ruler-...   RULER-style tasks of constants: single, multikey, multivalue, tracking, words
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenry.errors import BadParameter
-from tokenry.workloads import arithmetic, code, edit, infill, jsonl, recall
+from tokenry.workloads import arithmetic, code, edit, infill, jsonl, recall, ruler
 from tokenry.workloads.engine import END, HELD_OUT, Example, functions, held_out_files, is_held_out, library_files
 
 WORKLOADS: dict[str, Callable[..., Iterator[Example]]] = {
@@ -24,6 +25,11 @@ WORKLOADS: dict[str, Callable[..., Iterator[Example]]] = {
     "arithmetic": arithmetic.generate,
     "edit": edit.generate,
     "infill": infill.generate,
+    "ruler-single": ruler.single,
+    "ruler-multikey": ruler.multikey,
+    "ruler-multivalue": ruler.multivalue,
+    "ruler-tracking": ruler.tracking,
+    "ruler-words": ruler.words,
 }
 
 __all__ = [

@@ -141,9 +141,13 @@ class EnsembleState:
 
     def read(self, data: bytes) -> Tensor:
         """Add bytes and return the log-probability of each, `[bytes]`."""
+        return self.read_members(data)[0]
+
+    def read_members(self, data: bytes) -> tuple[Tensor, list[Tensor]]:
+        """Add bytes and return the log-probability of each, `[bytes]`, under the ensemble and under each member."""
         parts = [state.read(data, functools.partial(_closed, state)) for state in self.states]
         # The mean at every byte is over what the models give it there, whatever they gave the bytes before.
-        return self._mixed(parts)
+        return self._mixed(parts), parts
 
     def generate(
         self,

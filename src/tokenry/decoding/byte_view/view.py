@@ -96,7 +96,7 @@ class ByteView:
         """
         data = text.encode() if isinstance(text, str) else bytes(text)
         begins = context is None
-        ids = self._context() if context is None else list(context)
+        ids = self.begin if context is None else list(context)
         if not ids:
             raise BadPrompt("context is empty; give at least one id, such as the beginning-of-text token")
         if begins:
@@ -117,22 +117,50 @@ class ByteView:
         Raises:
             BadParameter: The tokenizer has no such marks.
         """
-        before, suffix = (part.encode() if isinstance(part, str) else bytes(part) for part in (prefix, suffix))
-        first, second, third = self._marks() if marks is None else marks
+        return ByteState(self, *self._hole(prefix, suffix, marks))
+
+    def infill_ids(
+        self, prefix: str | bytes, suffix: str | bytes, marks: tuple[int, int, int] | None = None
+    ) -> list[int]:
+        """The same place as a prompt for `generate` with `exact-byte-probabilities`, which takes many of them at once.
+
+        Arguments are those of `infill`.
+        """
+        context, data = self._hole(prefix, suffix, marks)
+        return [*context, *self.vocabulary.spell(data)]
+
+    def _hole(
+        self, prefix: str | bytes, suffix: str | bytes, marks: tuple[int, int, int] | None
+    ) -> tuple[list[int], bytes]:
+        """The ids before a hole, and the bytes of the prefix that are spelled anew behind them."""
+        before, after = (part.encode() if isinstance(part, str) else bytes(part) for part in (prefix, suffix))
+        first, second, third = self.marks if marks is None else marks
         whole = _whole_characters(before)
         ids = self.vocabulary.encode(before[:whole])
         count = self.vocabulary.settled([first, *ids])[0] - 1
-        context = [*self._context(), first, *ids[:count], second, *self.vocabulary.encode(suffix), third]
-        return ByteState(self, context, self.vocabulary.spelled(ids[count:]) + before[whole:])
+        context = [*self.begin, first, *ids[:count], second, *self.vocabulary.encode(after), third]
+        return context, self.vocabulary.spelled(ids[count:]) + before[whole:]
 
-    def _marks(self) -> tuple[int, int, int]:
+    @property
+    def marks(self) -> tuple[int, int, int]:
+        """Ids of the marks before prefix, suffix and middle of a text to be filled in.
+
+        Raises:
+            BadParameter: The tokenizer has none of the names in use.
+        """
         known: dict[str, int] = self.tokenizer.get_vocab()
         for form in _MARKS:
             if all(name in known for name in form):
                 return known[form[0]], known[form[1]], known[form[2]]
         raise BadParameter("the tokenizer has no marks for filling in the middle that are known; give `marks`")
 
-    def _context(self) -> list[int]:
+    @property
+    def begin(self) -> list[int]:
+        """Ids before a text without a context: what the tokenizer puts there, or its beginning-of-text token.
+
+        Raises:
+            BadPrompt: It has neither.
+        """
         own: list[int] = list(self.tokenizer("a")["input_ids"])
         count = next((i for i, number in enumerate(own) if number in self.vocabulary.place_of), 0)
         bos, eos = (getattr(self.tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos"))

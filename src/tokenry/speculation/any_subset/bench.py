@@ -27,8 +27,10 @@ class Figures:
         calls_per_token: Model calls a token, each counted once for each text.
         tokens_per_round: Tokens filled in by a verified round, None where nothing was verified.
         exact_match: Share of the texts whose hole was filled with what stood there.
+        different: Texts filled otherwise than by the first method.
         seconds: Time of all texts.
         seconds_per_token: Median over texts.
+        calls_per_token_by_text: Model calls a token of each text.
     """
 
     method: str
@@ -37,8 +39,10 @@ class Figures:
     calls_per_token: float
     tokens_per_round: float | None
     exact_match: float
+    different: int
     seconds: float
     seconds_per_token: float
+    calls_per_token_by_text: tuple[float, ...]
 
 
 def report(
@@ -84,7 +88,8 @@ def report(
         for method, results in found.items():
             result = fill(model, tokenizer, text, method=method, seed=seed + number)
             results.append((result, example.check(result.holes()[0][0])))
-    return [asdict(_figures(method, results)) for method, results in found.items()]
+    first = _filled(found[chosen[0]])
+    return [asdict(_figures(method, results, first)) for method, results in found.items()]
 
 
 def _fitting(model: PreTrainedModel, tokenizer: Any, found: list[Example]) -> list[Example]:
@@ -95,7 +100,12 @@ def _fitting(model: PreTrainedModel, tokenizer: Any, found: list[Example]) -> li
     return [task for task in found if len(tokenizer(infill.with_masks(task, tokenizer))["input_ids"]) <= context]
 
 
-def _figures(method: AnySubset, results: list[tuple[InfillResult, float]]) -> Figures:
+def _filled(results: list[tuple[InfillResult, float]]) -> list[list[int]]:
+    """The ids of each text."""
+    return [result.sequences[0].tolist() for result, _ in results if result.sequences is not None]
+
+
+def _figures(method: AnySubset, results: list[tuple[InfillResult, float]], first: list[list[int]]) -> Figures:
     stats = [result.stats for result, _ in results if result.stats is not None]
     total = Stats.total(stats)
     return Figures(
@@ -105,6 +115,8 @@ def _figures(method: AnySubset, results: list[tuple[InfillResult, float]]) -> Fi
         total.passes / total.committed,
         total.verified / total.steps if total.steps else None,
         statistics.fmean(score for _, score in results),
+        sum(mine != its for mine, its in zip(_filled(results), first, strict=True)),
         total.seconds,
         statistics.median(part.seconds / part.committed for part in stats),
+        tuple(part.passes / part.committed for part in stats),
     )

@@ -33,8 +33,12 @@ def _loaded(folder: Path, stamp: int, dtype: torch.dtype, device: torch.device) 
     return decoder.to(device).eval()
 
 
-def _load(place: str, dtype: torch.dtype, device: torch.device) -> FTPDecoder:
-    """The decoder in a folder, read once as long as its files stay."""
+def load_decoder(place: str, dtype: torch.dtype, device: torch.device) -> FTPDecoder:
+    """The decoder in a folder, read once as long as its files stay.
+
+    Raises:
+        ResourceError: The folder holds none, or a whole model.
+    """
     folder = Path(place).expanduser().absolute()
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -110,12 +114,12 @@ class FutureTokenPrediction(Drafter):
         model: PreTrainedModel = session.model
         decoder = session.resources.get("weights")
         if decoder is None and self.weights is not None:
-            decoder = _load(self.weights, model.dtype, model.device)
+            decoder = load_decoder(self.weights, model.dtype, model.device)
         if decoder is None and isinstance(model, FTPForCausalLM):
             decoder = model.future
         place = trained_folder("ftp", loaded_name(model))
         if decoder is None and place.is_dir():
-            decoder = _load(str(place), model.dtype, model.device)
+            decoder = load_decoder(str(place), model.dtype, model.device)
         if not isinstance(decoder, FTPDecoder):
             raise ResourceError(
                 f"{self.slug} needs a decoder trained on the states of {type(model).__name__}: train one with tokenry "

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter
-from tokenry.speculation.future_token_prediction.model import FTPDecoder, FTPForCausalLM
+from tokenry.speculation.future_token_prediction.drafter import load_decoder
+from tokenry.speculation.future_token_prediction.model import FTPForCausalLM
 
 
 def bench_states(
@@ -44,8 +45,7 @@ def bench_states(
         "rows": len(ids), "length": length, "smoothness": smoothness(model, ids, batch=batch, seed=seed)
     }  # fmt: skip
     if weights is not None:
-        decoder: Any = FTPDecoder.from_pretrained(Path(weights).expanduser(), dtype=model.dtype)
-        model = FTPForCausalLM.around(model, decoder.to(model.device))
+        model = FTPForCausalLM.around(model, load_decoder(str(weights), model.dtype, model.device))
     if isinstance(model, FTPForCausalLM):
         found["future"] = future_losses(model, ids, batch=batch, seed=seed)
     return found
