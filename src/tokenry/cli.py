@@ -714,6 +714,9 @@ def bench_kvcache(
     seeds: Annotated[int, typer.Option(min=2, help="Seeds; 5 are the fewest to claim an ordering from.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 10,
     bits_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the texts that bits are measured on.")] = 1024,
+    bits_prompt: Annotated[
+        int, typer.Option(min=0, help="How many of them are read at once, as a prompt, and not scored.")
+    ] = 0,
     lengths: Annotated[
         list[str] | None,
         typer.Option(metavar="LIST", help="Tokens that steps are timed behind; by default 4096,8192,16384,32768."),
@@ -757,6 +760,7 @@ def bench_kvcache(
         seeds=seeds,
         batch_size=batch_size,
         bits_tokens=bits_tokens,
+        bits_prompt=bits_prompt,
         prefill=prefill,
         budget=budget,
         repeats=repeats,

@@ -7,7 +7,8 @@ dapq       the prompt's tokens that queries at the coming positions attend to
 sinks      the first tokens and the newest (baseline)
 random     the newest tokens and a random sample of the others (baseline)
 snapkv     the newest tokens and those that the newest queries attend to (baseline)
-fastkv     likewise, and the later layers read the salient part of a prompt alone
+keydiff    the tokens whose keys are unlike the others (baseline)
+fastkv     those that the newest queries attend to, and the later layers read the salient part of a prompt alone
 spatten    those with the most attention in all layers so far; fewer tokens, and heads, from layer to layer
 
 And which of them does a step attend to, where all stay?
@@ -32,6 +33,7 @@ from tokenry.kvcache.fasa import FASA, FASAPlan
 from tokenry.kvcache.fastkv import FastKV
 from tokenry.kvcache.h2o import H2O
 from tokenry.kvcache.icecache import IceCache
+from tokenry.kvcache.keydiff import KeyDiff
 from tokenry.kvcache.keyformer import Keyformer
 from tokenry.kvcache.kv_prediction import KVPrediction
 from tokenry.kvcache.lazyllm import LazyLLM
@@ -44,6 +46,6 @@ from tokenry.kvcache.spatten import SpAtten
 from tokenry.kvcache.treekv import TreeKV
 
 __all__ = [
-    "FASA", "H2O", "CachePolicy", "DapQ", "FASAPlan", "FastKV", "IceCache", "KVPrediction", "Keyformer", "LazyLLM",
-    "Oracle", "Random", "RetrievalPolicy", "SentenceKV", "Sinks", "SnapKV", "SpAtten", "TreeKV",
+    "FASA", "H2O", "CachePolicy", "DapQ", "FASAPlan", "FastKV", "IceCache", "KVPrediction", "KeyDiff", "Keyformer",
+    "LazyLLM", "Oracle", "Random", "RetrievalPolicy", "SentenceKV", "Sinks", "SnapKV", "SpAtten", "TreeKV",
 ]  # fmt: skip

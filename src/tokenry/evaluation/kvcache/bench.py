@@ -45,6 +45,7 @@ def bench_kvcache(
     seeds: int = SEEDS,
     batch_size: int = 10,
     bits_tokens: int = 1024,
+    bits_prompt: int = 0,
     lengths: Sequence[int] = LENGTHS,
     prefill: int = 8192,
     budget: int = 512,
@@ -71,6 +72,7 @@ def bench_kvcache(
             claimed.
         batch_size: Prompts that run together.
         bits_tokens: Tokens of a text that bits are measured on.
+        bits_prompt: How many of them are read at once, as a prompt, and not scored.
         lengths: Tokens of context that decode steps are timed behind.
         prefill: Tokens of the prompt whose reading is timed.
         budget: Slots that policies keep where steps are timed.
@@ -96,6 +98,10 @@ def bench_kvcache(
     for name, numbers in several.items():
         if not numbers or min(numbers) < 2:
             raise BadParameter(f"{name}={min(numbers, default=0)} is not allowed; it must be at least 2")
+    if not 0 <= bits_prompt < bits_tokens - 1:
+        raise BadParameter(
+            f"bits_prompt={bits_prompt} is not allowed; of {bits_tokens} tokens at most {bits_tokens - 2} are a prompt"
+        )
     if not shares or not all(0 < share < 1 for share in shares):
         raise BadParameter(f"share={', '.join(map(str, shares)) or 'none'} is not allowed; shares lie between 0 and 1")
     skipped: dict[str, str] = {}
@@ -126,7 +132,7 @@ def bench_kvcache(
 
         bench = Bench(
             model=model, tokenizer=tokenizer, methods=found, workloads=tasks, shares=tuple(shares), tokens=tokens,
-            limit=limit, seeds=seeds, batch_size=batch_size, bits_tokens=bits_tokens, lengths=tuple(lengths),
+            limit=limit, seeds=seeds, batch_size=batch_size, bits_tokens=bits_tokens, bits_prompt=bits_prompt, lengths=tuple(lengths),
             prefill=prefill, budget=budget, repeats=repeats, resources=dict(resources or {}), python=python,
             presses=pressed, expect=expect, tick=tick, skipped=skipped,
         )  # fmt: skip
@@ -150,7 +156,7 @@ def bench_kvcache(
             "versions": versions(),
             "peers": bench.peers,
             "settings": {"parts": chosen, "workloads": tasks, "shares": list(shares), "tokens": tokens, "limit": limit,
-                         "seeds": seeds, "batch_size": batch_size, "bits_tokens": bits_tokens,
+                         "seeds": seeds, "batch_size": batch_size, "bits_tokens": bits_tokens, "bits_prompt": bits_prompt,
                          "lengths": list(lengths), "prefill": prefill, "budget": budget, "repeats": repeats},
         },
         partial=partial,

@@ -22,12 +22,14 @@ def measure(bench: Bench) -> None:
     """Every method at every share of the text's tokens, as a count, on one text for each seed."""
     budgets = [max(1, int(share * bench.bits_tokens)) for share in bench.shares]
     group = f"{bench.bits_tokens:,} tokens"
+    if bench.bits_prompt:
+        group += f", {bench.bits_prompt:,} of them read at once"
     ours = [each for each in bench.budgeted(budgets) if each[2]]
     bench.expect(1 + len(ours))
     ids, sizes = texts(bench)
 
     def score(method: Method | None, label: str, budget: str) -> None:
-        nats = stepwise_nats(bench.model, ids, method)
+        nats = stepwise_nats(bench.model, ids, method, bench.bits_prompt)
         values = (nats / math.log(2) / sizes).tolist()
         bench.add("bits", group, label, budget, BITS, "bits", values)
 
@@ -58,8 +60,10 @@ def texts(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
         found = bench.tokenizer(text)["input_ids"][: bench.bits_tokens]
         if len(found) == bench.bits_tokens:
             rows.append(found)
-            # What is scored: all but the first token, the beginning of a text where there is a token for it.
-            sizes.append(len(bench.tokenizer.decode(found[1:], clean_up_tokenization_spaces=False)))
+            # What is scored: all but the first token, the beginning of a text where there is a token for it, or all
+            # behind the prompt.
+            scored = found[bench.bits_prompt or 1 :]
+            sizes.append(len(bench.tokenizer.decode(scored, clean_up_tokenization_spaces=False)))
         if len(rows) == bench.seeds:
             return torch.tensor(rows, device=bench.model.device), torch.tensor(sizes, dtype=torch.float64)
     raise BadPrompt(
@@ -69,18 +73,22 @@ def texts(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def stepwise_nats(model: Any, ids: torch.Tensor, method: Method | None) -> torch.Tensor:
-    """Sum of each row's negative log likelihoods of `ids[:, 1:]`, read one by one `[rows]`.
+def stepwise_nats(model: Any, ids: torch.Tensor, method: Method | None, prompt: int = 0) -> torch.Tensor:
+    """Sum of each row's negative log likelihoods of `ids[:, 1:]`, or of all behind the prompt, read one by one `[rows]`.
 
     Args:
         model: A causal model.
         ids: Texts of one length `[rows, length]`.
         method: A cache policy; None keeps everything.
+        prompt: Tokens that are read at once before, as a prompt.
     """
-    total, cache = torch.zeros(len(ids), dtype=torch.float64), None
+    total = torch.zeros(len(ids), dtype=torch.float64)
     block: Any = contextlib.nullcontext() if method is None else method(model)  # type: ignore[operator]
     with block:
-        for index in range(ids.shape[1] - 1):
+        read, cache = max(0, prompt - 1), None
+        if read:
+            cache = model(input_ids=ids[:, :read], use_cache=True).past_key_values
+        for index in range(read, ids.shape[1] - 1):
             out = model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             losses = cross_entropy(out.logits[:, -1].float(), ids[:, index + 1], reduction="none")

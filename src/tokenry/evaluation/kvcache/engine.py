@@ -15,7 +15,7 @@ from ..kvpress import KVPress
 from .results import Figure
 
 PLAIN = "plain"
-BASELINES = ("sinks", "random", "snapkv", "oracle")
+BASELINES = ("sinks", "random", "snapkv", "keydiff", "oracle")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Bench:
     seeds: int
     batch_size: int
     bits_tokens: int
+    bits_prompt: int
     lengths: Sequence[int]
     prefill: int
     budget: int
