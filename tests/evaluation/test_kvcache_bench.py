@@ -28,7 +28,7 @@ PEERS = Path(__file__).parents[2] / ".venv-peers"
 def bench(**changed):
     given = {
         "model": MODEL, "tokenizer": TOKENIZER, "methods": [], "workloads": ["recall"], "shares": (0.5,), "tokens": 300,
-        "limit": 1, "seeds": 2, "batch_size": 3, "bits_tokens": 40, "lengths": (64, 128), "prefill": 96, "budget": 16,
+        "limit": 1, "seeds": 2, "batch_size": 3, "bits_tokens": 40, "bits_prompt": 0, "lengths": (64, 128), "prefill": 96, "budget": 16,
         "repeats": 2, "resources": {}, "python": None, "presses": (), "expect": lambda count: None,
         "tick": lambda what: None,
     }  # fmt: skip
@@ -94,21 +94,23 @@ def test_prompts_have_about_as_many_tokens_as_are_asked_for_and_must_fit():
 # --- bits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prompt", [0, 1, 21])
 @pytest.mark.parametrize("text", [None, "h2o:budget=4000", "fastkv:budget=4000"])
-def test_bits_token_by_token_are_those_of_the_whole_text(text):
+def test_bits_token_by_token_are_those_of_the_whole_text(text, prompt):
     ids = torch.randint(3, 259, (3, 30), generator=torch.Generator().manual_seed(0))
-    found = bits.stepwise_nats(MODEL, ids, text and method(text))
+    found = bits.stepwise_nats(MODEL, ids, text and method(text), prompt)
     with torch.no_grad():
         logs = MODEL(ids).logits.log_softmax(-1)
-    wanted = -logs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].sum(-1)
+    wanted = -logs[:, :-1].gather(-1, ids[:, 1:, None])[:, max(0, prompt - 1) :, 0].sum(-1)
     assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
 
 
 def test_texts_are_as_long_as_they_say_in_tokens_and_bytes():
     ids, sizes = bits.texts(bench(seeds=3, bits_tokens=64))
     assert ids.shape == (3, 64) and len({tuple(row) for row in ids.tolist()}) == 3
-    # A byte a token; the first token is not scored.
+    # A byte a token; the first token is not scored, nor is a prompt.
     assert sizes.tolist() == [63, 63, 63]
+    assert bits.texts(bench(seeds=3, bits_tokens=64, bits_prompt=20))[1].tolist() == [44, 44, 44]
 
 
 # --- time ---------------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ class _Auto(Odds):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        self.spine = Counts([chance for p in RunCounts.PRIOR for chance in (p, 1 - 0.4 * (1 - p), 0.4 * p)], 4.0)
+        # What the table says against a copy is worth little at first: the model may want on its own what it copies.
+        self.spine = Counts([chance for p in RunCounts.PRIOR for chance in (p, 1 - 0.4 * (1 - p), 0.8 * p)], 4.0)
 
 
 @dataclass
