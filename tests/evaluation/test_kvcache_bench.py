@@ -28,7 +28,8 @@ PEERS = Path(__file__).parents[2] / ".venv-peers"
 def bench(**changed):
     given = {
         "model": MODEL, "tokenizer": TOKENIZER, "methods": [], "workloads": ["recall"], "shares": (0.5,), "tokens": 300,
-        "limit": 1, "seeds": 2, "batch_size": 3, "bits_tokens": 40, "bits_prompt": 0, "lengths": (64, 128), "prefill": 96, "budget": 16,
+        "limit": 1, "seeds": 2, "batch_size": 3, "bits_tokens": 40, "bits_prompt": 0,
+        "lengths": (64, 128), "prefill": 96, "budget": 16,
         "repeats": 2, "resources": {}, "python": None, "presses": (), "expect": lambda count: None,
         "tick": lambda what: None,
     }  # fmt: skip

@@ -132,9 +132,9 @@ def bench_kvcache(
 
         bench = Bench(
             model=model, tokenizer=tokenizer, methods=found, workloads=tasks, shares=tuple(shares), tokens=tokens,
-            limit=limit, seeds=seeds, batch_size=batch_size, bits_tokens=bits_tokens, bits_prompt=bits_prompt, lengths=tuple(lengths),
-            prefill=prefill, budget=budget, repeats=repeats, resources=dict(resources or {}), python=python,
-            presses=pressed, expect=expect, tick=tick, skipped=skipped,
+            limit=limit, seeds=seeds, batch_size=batch_size, bits_tokens=bits_tokens, bits_prompt=bits_prompt,
+            lengths=tuple(lengths), prefill=prefill, budget=budget, repeats=repeats, resources=dict(resources or {}),
+            python=python, presses=pressed, expect=expect, tick=tick, skipped=skipped,
         )  # fmt: skip
         try:
             for part in chosen:
@@ -156,8 +156,9 @@ def bench_kvcache(
             "versions": versions(),
             "peers": bench.peers,
             "settings": {"parts": chosen, "workloads": tasks, "shares": list(shares), "tokens": tokens, "limit": limit,
-                         "seeds": seeds, "batch_size": batch_size, "bits_tokens": bits_tokens, "bits_prompt": bits_prompt,
-                         "lengths": list(lengths), "prefill": prefill, "budget": budget, "repeats": repeats},
+                         "seeds": seeds, "batch_size": batch_size, "bits_tokens": bits_tokens,
+                         "bits_prompt": bits_prompt, "lengths": list(lengths), "prefill": prefill,
+                         "budget": budget, "repeats": repeats},
         },
         partial=partial,
     )  # fmt: skip

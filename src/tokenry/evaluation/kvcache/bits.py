@@ -74,13 +74,16 @@ def texts(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def stepwise_nats(model: Any, ids: torch.Tensor, method: Method | None, prompt: int = 0) -> torch.Tensor:
-    """Sum of each row's negative log likelihoods of `ids[:, 1:]`, or of all behind the prompt, read one by one `[rows]`.
+    """Sum of each row's negative log likelihoods of `ids[:, 1:]`, or of all behind the prompt, read one by one.
 
     Args:
         model: A causal model.
         ids: Texts of one length `[rows, length]`.
         method: A cache policy; None keeps everything.
         prompt: Tokens that are read at once before, as a prompt.
+
+    Returns:
+        In nats, `[rows]`.
     """
     total = torch.zeros(len(ids), dtype=torch.float64)
     block: Any = contextlib.nullcontext() if method is None else method(model)  # type: ignore[operator]
