@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests import tiny
 from tokenry.kvcache import KeyDiff
+from tokenry.speculation import TokenRecycling
 
 
 @pytest.mark.parametrize("recent", [0, 5])
@@ -37,3 +38,14 @@ def test_room_for_everything_is_plain_and_a_row_is_the_row_alone():
     with KeyDiff(budget=8)(model):
         both, alone = model.generate(**inputs, **options), model.generate(**short, **options)
     assert torch.equal(both[1, 30:], alone[0, 12:]) and not torch.equal(both, plain)
+
+
+@pytest.mark.parametrize("policy", [KeyDiff(budget=1, compact_every=4), KeyDiff(budget=0.5, compact_every=4)], ids=str)
+def test_equal_scores_are_not_left_to_rounding(policy):
+    """Two keys are as far from their mean as each other, alone and behind drafts."""
+    model, inputs = tiny.model(dtype=torch.float64), tiny.prompts((1, 3, 2, 9, 40, 4, 5, 1))
+    with policy(model):
+        plain = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        for drafter in (TokenRecycling(), TokenRecycling(template="auto")):
+            ours = model.generate(**inputs, max_new_tokens=40, do_sample=False, custom_generate=drafter)
+            assert torch.equal(ours, plain)

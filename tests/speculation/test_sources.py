@@ -4,6 +4,8 @@ import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests import tiny
 from tokenry.errors import BadParameter, ResourceError
@@ -210,6 +212,29 @@ def test_a_call_starts_from_a_file_and_leaves_it_as_it_is(decoder, tmp_path):
     held = table.copy()
     run(model, tiny.prompts((8,), seed=5), named, held)
     assert not torch.equal(held.ids, table.ids)
+
+
+def test_a_damaged_file_is_refused_and_a_place_that_is_not_there(tmp_path):
+    table = opened(order=2, contexts=11, scored=True)
+    table.learn(torch.tensor([4, 5]), logits([1, 2, 3], [5, 6, 7]), torch.tensor([[8], [-1]]))
+    path = tmp_path / "t.safetensors"
+    table.save(path)
+    with safe_open(str(path), "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damaged = [
+        (about, {**tensors, "ids": tensors["ids"] + 500}),
+        (about, {**tensors, "ids": tensors["ids"][:5].clone()}),
+        (about, {name: each for name, each in tensors.items() if name != "seen"}),
+        ({"recycling": "{}"}, tensors),
+        ({"recycling": "[1]"}, tensors),
+    ]
+    for metadata, parts in damaged:
+        save_file(parts, str(path), metadata=metadata)
+        with pytest.raises(ResourceError, match="damaged"):
+            RecyclingTable.load(path)
+    with pytest.raises(ResourceError, match="cannot write"):
+        table.save(tmp_path / "none" / "t.safetensors")
+    assert [each.name for each in tmp_path.iterdir()] == ["t.safetensors"]
 
 
 def test_a_file_that_was_written_anew_is_read_anew(tmp_path):

@@ -196,6 +196,13 @@ def test_text_form_and_values():
     for text in ("token-recycling", "token-recycling:template=auto", "token-recycling:k=4;template=((0,),(1,),(0,3))",
                  "token-recycling:template=30;harvest_prompt=false"):  # fmt: skip
         assert str(method(text)) == text.replace(",)", ")") or method(str(method(text))) == method(text)
-    for bad in ({"template": "2.2"}, {"template": 81}, {"template": ((0, 1),)}, {"k": 0}, {"k": 4}):
+    for bad in (
+        {"template": "2.2"},
+        {"template": 81},
+        {"template": ((0, 1),)},
+        {"template": ((-1,),)},
+        {"k": 0},
+        {"k": 4},
+    ):
         with pytest.raises(BadParameter):
             TokenRecycling(**bad)

@@ -40,5 +40,8 @@ class KeyDiff(CachePolicy):
         directions = F.normalize(keys.float(), dim=-1)
         valid, _ = layer.slots.materialise(layer.cache.batch, layer.device)
         mean = (directions * valid[..., None]).sum(2, keepdim=True)
-        score = -F.cosine_similarity(directions, mean, dim=-1)
+        score = -F.cosine_similarity(directions, mean, dim=-1).double()
+        # Of two keys both are as far from their mean; rounding would choose, and differently behind drafts. The newer
+        # of equal ones stays.
+        score = (score * 2**16).round() + layer.slots.places(layer.cache.batch, layer.device) / 2**32
         return score.masked_fill(age_first(layer, self.recent), float("inf"))

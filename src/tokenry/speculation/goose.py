@@ -216,7 +216,7 @@ class Goose(Drafter):
         shares = [share - along, *harmonic_split(along, spine)]
         for node, most in enumerate(shares):
             # The next spine token is drafted already.
-            taken = chain[node] if node < len(chain) and node <= spine else None
+            taken = chain[node] if node < spine else None
             behind = _behind(tree, node) if node else context
             others = ((token, score) for token, score in successors(behind) if token != taken)
             for token, score in _first(others, most):

@@ -347,7 +347,7 @@ class RecyclingTable:
         """Write the table as safetensors, with the tokenizer's name and vocabulary size.
 
         Raises:
-            ResourceError: There is nothing to save.
+            ResourceError: There is nothing to save, or no place to write it to.
         """
         with self.lock:
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
@@ -355,9 +355,14 @@ class RecyclingTable:
             raise ResourceError("the recycling table is empty; generate with it before saving it")
         about = {name: getattr(self, name) for name in ("k", "tokenizer", "vocab", "order", "contexts")}
         # A reader, or another writer, never meets half a file.
+        path = Path(path).expanduser()
         part = Path(f"{path}.{os.getpid()}-{threading.get_ident()}.part")
-        save_file(tensors, str(part), metadata={"recycling": json.dumps(about)})
-        part.replace(path)
+        try:
+            save_file(tensors, str(part), metadata={"recycling": json.dumps(about)})
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise ResourceError(f"cannot write a recycling table to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, tokenizer: str | None = None) -> RecyclingTable:
@@ -378,10 +383,14 @@ class RecyclingTable:
             raise ResourceError(f"cannot read a recycling table from {path}: {error}") from error
         if about is None:
             raise ResourceError(f"{path} is not a recycling table; write one with RecyclingTable.save")
+        form = {"order": 1, "contexts": 0} | (about if isinstance(about, dict) else {})
+        if not _whole(form, tensors):
+            raise ResourceError(f"{path} holds a damaged recycling table; write it anew with RecyclingTable.save")
         if tokenizer is not None and about["tokenizer"] != tokenizer:
             raise ResourceError(f"{path} was learned with tokenizer {about['tokenizer']!r}, not {tokenizer!r}")
-        form = {"order": about.get("order", 1), "contexts": about.get("contexts", 0), "scored": "scores" in tensors}
-        table = cls(about["k"], about["tokenizer"], **form)
+        table = cls(
+            about["k"], about["tokenizer"], order=form["order"], contexts=form["contexts"], scored="scores" in tensors
+        )
         table.vocab = about["vocab"]
         table._set(tensors)
         return table
@@ -394,6 +403,20 @@ class RecyclingTable:
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
         self.__dict__.pop("_on_host", None)
+
+
+def _whole(about: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Whether a file's tensors are those that it says they are."""
+    if not all(isinstance(about.get(name), int) for name in ("k", "vocab", "order", "contexts")):
+        return False
+    rows, shapes = about["vocab"] + about["contexts"], {name: tuple(each.shape) for name, each in tensors.items()}
+    wanted = {"ids": (rows, about["k"]), "seen": (rows,)}
+    if about["contexts"]:
+        wanted["keys"] = (about["contexts"],)
+    if "scores" in shapes:
+        wanted["scores"] = wanted["ids"]
+    fits = shapes == wanted and isinstance(about.get("tokenizer"), str)
+    return fits and int(tensors["ids"].min()) >= 0 and int(tensors["ids"].max()) < about["vocab"]
 
 
 def table_of(
@@ -418,7 +441,10 @@ def table_of(
     given = {name: getattr(table, name) for name in wanted}
     if given != wanted:
         say = [", ".join(f"{name}={value}" for name, value in each.items()) for each in (wanted, given)]
-        raise ResourceError(f"{slug}: the table must be a RecyclingTable with {say[0]}; this one has {say[1]}")
+        raise ResourceError(
+            f"{slug}: the table must be a RecyclingTable with {say[0]}; this one has {say[1]}: make one with the "
+            "method's new_table(), or save one that the method has learned with these options"
+        )
     _agree(table, session.resources.get("tokenizer"), slug)
     return table
 
