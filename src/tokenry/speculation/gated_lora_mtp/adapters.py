@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tokenry.errors import ResourceError, UnsupportedModel
 from tokenry.models import anatomy
+from tokenry.models.fingerprint import describe, is_described
 
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
 _SCHEMA = 1
@@ -270,40 +270,11 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """Class, name and weights of a base model, as adapters remember them."""
-    return {"class": type(model).__name__, "name": str(model.name_or_path), "weights": rounded_hash(model)}
-
-
 def _check_base(place: Path, note: dict[str, Any], model: PreTrainedModel) -> None:
     base = note["base"]
-    wrong = base["class"] != type(model).__name__
-    # What float16 rounds, bfloat16 would have rounded otherwise, so a model in it cannot be told.
-    if not wrong and model.dtype != torch.float16:
-        wrong = base["weights"] != rounded_hash(model)
-    if wrong:
+    if not is_described(base, model):
         raise ResourceError(
             f"the adapters in {str(place)!r} were trained for {base['class']} {base['name']!r}, and this "
             f"{type(model).__name__} ({str(model.name_or_path)!r}) has other weights: train its own by "
             f"tokenry train mtp --model {model.name_or_path or 'MODEL'}"
         )
-
-
-_hashes: weakref.WeakKeyDictionary[nn.Module, tuple[Sequence[Any], str]] = weakref.WeakKeyDictionary()
-
-
-def rounded_hash(model: PreTrainedModel) -> str:
-    """Twelve hexadecimal digits that depend on the weights as bfloat16 rounds them, so that they are those of the same
-    model in float32 and float64 too; taken anew where weights were written to."""
-    weights = sorted(model.state_dict().items())
-    state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
-    with _lock:
-        known = _hashes.get(model)
-        if known is None or known[0] != state:
-            digest = hashlib.sha256()
-            for name, tensor in weights:
-                digest.update(name.encode())
-                rounded = tensor.detach().to(torch.bfloat16) if tensor.is_floating_point() else tensor.detach()
-                digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            known = _hashes[model] = (state, digest.hexdigest()[:12])
-        return known[1]

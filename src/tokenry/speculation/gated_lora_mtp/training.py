@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from tokenry.errors import BadParameter
 from tokenry.generation.auxiliary import Auxiliary, listening
 from tokenry.models import TokenCache, attached, context_length
+from tokenry.models.fingerprint import rounded_hash
 from tokenry.objectives import Context, Objective, TokenRows, Trainable, fit, token_rows
 from tokenry.objectives.losses import IGNORED, log_probs
 from tokenry.objectives.trainable import RUN
-from tokenry.speculation.gated_lora_mtp.adapters import Adapters, gated, rounded_hash
+from tokenry.speculation.gated_lora_mtp.adapters import Adapters, gated
 from tokenry.speculation.gated_lora_mtp.drafter import GatedLoRAMTP, own_block
 
 # Rows whose second part the model writes itself are generated so many at a time.
