@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tokenry.speculation import TokenRecycling
-from tokenry.speculation.budget import Growth, _filled, best_size, forward_costs, least_slopes
+from tokenry.speculation import TokenRecycling, budget
+from tokenry.speculation.budget import Growth, StepCosts, _filled, best_size, forward_costs, least_slopes
 
 
 def test_costs_are_filled_in_between():
@@ -61,6 +61,36 @@ def test_costs_are_measured_once():
     assert run() == 2
 
 
+def test_steps_with_drafts_and_without_are_timed_apart(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(budget, "forward_costs", lambda session: [1.0] * 2 + [1.1] * 4)
+    monkeypatch.setattr(budget, "_clock", lambda: now[0])
+    costs = StepCosts(object())
+    took = {1: 1.5, 4: 3.0}
+    # The first step reads the prompt; a step that notes no size is not timed.
+    for size, seconds in [(4, 50.0), *[(4, took[4]), (1, took[1]), (0, 70.0)] * 8]:
+        costs.begin()
+        costs.take(size)
+        now[0] += seconds
+    costs.begin()
+    # Twice a forward at most is held against a size.
+    assert costs.seconds == pytest.approx([1.5, 1.5, 2.2, 2.2, 2.2, 2.2])
+    assert costs.floors == least_slopes(costs.seconds)
+
+
+def test_what_was_not_met_is_taken_for_like_what_was(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(budget, "forward_costs", lambda session: [1.0, 1.0, 2.0])
+    monkeypatch.setattr(budget, "_clock", lambda: now[0])
+    costs = StepCosts(object())
+    for _ in range(10):
+        costs.begin()
+        costs.take(2)
+        now[0] += 0.01
+    # Steps that took next to nothing do not make others free.
+    assert costs.seconds == pytest.approx([0.5, 0.5, 1.0])
+
+
 def _short():
     """A GPT-2 that has 64 positions."""
     config = tiny.config("gpt2")
@@ -102,7 +132,5 @@ def test_a_costly_forward_gets_a_small_tree_and_a_flat_one_the_whole():
 
 
 def _pretend(model, costs):
-    from tokenry.speculation import budget
-
     budget._costs[model] = {(1, model.device, model.dtype, budget._SIZES): costs}
     assert forward_costs(type("S", (), {"model": model, "batch": 1, "device": torch.device("cpu")})) == costs

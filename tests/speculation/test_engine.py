@@ -171,6 +171,31 @@ def test_other_criteria_inside_an_accepted_run(lengths):
         assert torch.equal(ours.sequences, plain.sequences)
 
 
+class _Least(StoppingCriteria):
+    """Ends a row whose scores at the last three places are all below a bound."""
+
+    def __init__(self, bound):
+        self.bound = bound
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if len(scores) < 3:
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return (torch.stack(scores[-3:]).amax(-1) < self.bound).all(0)
+
+
+@pytest.mark.parametrize("lengths", [(8,), (8, 5)], ids=str)
+def test_criteria_read_the_scores_of_every_token_of_an_accepted_run(lengths):
+    model, inputs = tiny.model(), tiny.prompts(lengths)
+    truth = free_run(model, inputs)
+    best = torch.stack(run(model, inputs, output_scores=True, eos_token_id=2).scores).amax(-1)
+    lasting = best.unfold(0, 3, 1).amax(-1)
+    bound = float(lasting[12:20, -1].min()) + 1e-4
+    ends = int((lasting[:, -1] < bound).nonzero()[0]) + 3
+    options = {"eos_token_id": 2, "pad_token_id": 0, "output_scores": True, "stopping_criteria": [_Least(bound)]}
+    plain, ours = run(model, inputs, **options), run(model, inputs, Oracle(depth=6), truth, **options)
+    assert torch.equal(ours.sequences, plain.sequences) and (len(lengths) > 1 or len(plain.scores) == ends)
+
+
 @pytest.mark.parametrize("new", [1, 2, 3, 7])
 def test_the_length_limit_holds(new):
     model, inputs = tiny.model(), tiny.prompts((8, 5))

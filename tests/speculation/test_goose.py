@@ -422,6 +422,13 @@ def test_without_a_table_it_is_prompt_lookup():
     assert drafted > 0
 
 
+def test_a_chain_alone_is_no_longer_than_a_tree_may_be():
+    model, inputs = tiny.model(seed=2), tiny.prompts((20,), 2)
+    result = run(model, inputs, Recorded(sources="spine", size=4, extra=2), max_new_tokens=60)
+    sizes = [len(tokens[0]) for _, tokens, _ in result.stats.extra["trees"]]
+    assert max(sizes) == 6
+
+
 def test_the_measured_size_follows_the_cost_of_a_forward():
     from tokenry.speculation import budget
 

@@ -260,8 +260,11 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ResourceError, match=r"k=10, order=2, contexts=65537, scored=True; this one has k=8"):
         run(model, inputs, Goose(), RecyclingTable())
     opened(vocab=50, k=8).save(tmp_path / "small")
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ResourceError, match="50 ids"):
         run(model, inputs, TokenRecycling(table=str(tmp_path / "small")))
+    assert not calls  # before anything is computed
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Token Recycling's own invariants, as on its card."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -140,6 +141,27 @@ def test_the_prompt_is_harvested_once_and_equal_to_its_forward():
     none = RecyclingTable()
     run(model, inputs, TokenRecycling(template=0, harvest_prompt=False), none, max_new_tokens=1)
     assert none.is_cold
+
+
+def test_inside_a_policy_a_long_prompt_teaches_its_end(monkeypatch):
+    """A policy reads the prompt at once, and logits of all of it may not fit."""
+    from tokenry.generation import session
+    from tokenry.kvcache import Sinks
+
+    monkeypatch.setattr(session, "_PROMPT_LOGITS", 1)
+    model, inputs = tiny.model(), tiny.prompts((100,))
+    widths = []
+    model.register_forward_hook(lambda module, given, out: widths.append(out.logits.shape[1]))
+    tables = []
+    for block in (Sinks(budget=200)(model), contextlib.nullcontext()):
+        table = RecyclingTable()
+        with block:
+            run(model, inputs, TokenRecycling(template=0), table, max_new_tokens=1)
+        tables.append(table)
+    assert max(widths) == 64
+    taught = set(inputs["input_ids"][0, -64:].tolist())
+    assert set(tables[0].seen.nonzero()[:, 0].tolist()) == taught
+    assert all(torch.equal(tables[0].ids[token], tables[1].ids[token]) for token in taught)
 
 
 def test_tables_are_saved_with_what_they_fit(tmp_path):

@@ -57,9 +57,24 @@ def test_recall_may_have_been_asked_before():
         assert sorted(example.prompt.replace(asked, "").split("\n")) == sorted(plain.prompt.split("\n"))
 
 
-@pytest.mark.parametrize("name", ["recall:asked=much", "recall:asked", "recall:ask=3", "code:asked=3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recall:asked=much",
+        "recall:asked",
+        "recall:ask=3",
+        "code:asked=3",
+        "recall:asked=-3",
+        "recall:length=0",
+        "recall:depth=1.5",
+        "recall:keys=2.5",
+        "recall:questions=9",
+        "edit:longest=5",
+        "ruler-words:common=0",
+    ],
+)
 def test_bad_options(name):
-    with pytest.raises(BadParameter, match=r"option|number"):
+    with pytest.raises(BadParameter, match="option|number|is not allowed"):
         examples(name, 1)
 
 

@@ -55,7 +55,7 @@ class NativeSession(Session):
         return self.cache
 
     # Inside ----------------------------------------------------------------------------------------
-    def _forward_prompt(self, ids: Tensor, valid: Tensor | None, whole: bool) -> Tensor:
+    def _forward_prompt(self, ids: Tensor, valid: Tensor | None, count: int) -> Tensor:
         model: Any = self.model
         past = self.cache.get_seq_length()
         end = past + ids.shape[1]

@@ -345,7 +345,7 @@ class Session:
         start = time.perf_counter()
         if later and self._can_read_later():
             self._unread = self.ids[:, : self.prompt_length - 1]
-            self.vocab = self._vocab_hint()
+            self.vocab = self.vocab_hint()
             return
         ids = self.ids[:, : self.prompt_length]
         mask = self._mask
@@ -358,8 +358,12 @@ class Session:
             raise CacheMisuse("past_key_values holds the whole prompt already: drop its last token with cache.crop(-1)")
         valid = None if mask is None else mask[:, self._covered - width : self._covered].bool()
         chunk = self.config.prefill_chunk_size or width
-        if self.on_prompt is not None and self.policy is None and self._vocab_hint():
-            chunk = min(chunk, max(64, _PROMPT_LOGITS // (self.batch * self._vocab_hint())))
+        learned = width
+        if self.on_prompt is not None and self.vocab_hint():
+            learned = max(64, _PROMPT_LOGITS // (self.batch * self.vocab_hint()))
+            # A policy reads the prompt as it comes: of a long one, only the end is learned from.
+            if self.policy is None:
+                chunk = min(chunk, learned)
         starts = list(range(0, width, chunk))
         beside = self.beside_prompt if self.policy is None else None
         if beside is not None and width - starts[-1] > _PROMPT_BESIDE:
@@ -373,9 +377,10 @@ class Session:
             if beside is not None and end == width:
                 logits = self._forward_prompt_beside(piece, real, beside, whole=self.on_prompt is not None)
             else:
-                logits = self._forward_prompt(piece, real, whole=self.on_prompt is not None)
+                logits = self._forward_prompt(piece, real, 1 if self.on_prompt is None else min(learned, end - begin))
             if self.on_prompt is not None:
-                self.on_prompt(piece, real, logits)
+                heard = logits.shape[1]
+                self.on_prompt(piece[:, -heard:], None if real is None else real[:, -heard:], logits)
         self.vocab = logits.shape[-1]
         self._pending = logits[:, -1].to(torch.float32, copy=True)
         if self.device.type == "cuda":
@@ -387,7 +392,7 @@ class Session:
         whole = self.batch == 1 and self._mask is None and self.policy is None and self.cache.get_seq_length() == 0
         waiting = self.on_prompt is not None or self.beside_prompt is not None or self.want_hidden
         chunk = self.config.prefill_chunk_size or self.max_length
-        return whole and not waiting and 1 < self.prompt_length <= chunk and self._vocab_hint() > 0
+        return whole and not waiting and 1 < self.prompt_length <= chunk and self.vocab_hint() > 0
 
     def accept(self, commit: Commit) -> None:
         """Commit a step: cut at stops, write ids and records, close the cache's block, stream, count."""
@@ -545,8 +550,8 @@ class Session:
     def _check_criteria(self, commit: Commit, counts: list[int], ended: list[bool]) -> None:
         """Cut each row at the first prefix where a criterion holds; the ids are written already."""
         common = self._common_length()
-        if common is not None and max(counts) <= 1:
-            scores = None
+        scores: tuple[Tensor, ...] | None = None
+        if common is not None and max(counts) <= 1 and all(step.shape[1] == 1 for step in self._scores):
             if self.want_scores:
                 scores = tuple(step[:, 0] for step in (*self._scores, _needed(commit.scores, "scores")))
             done = self._criteria(self.ids[:, : common + 1], scores)
@@ -554,8 +559,14 @@ class Session:
                 ended[row] |= stop and counts[row] > 0
             return
         for row, count in enumerate(counts):
+            if self.want_scores and count:
+                steps = (*self._scores, _needed(commit.scores, "scores"))
+                gained = (*(step[row] for step in self._counts), count)
+                scores = tuple(s[row : row + 1, i] for s, n in zip(steps, gained, strict=True) for i in range(n))
             for column in range(count):
-                if bool(self._criteria(self.ids[row : row + 1, : self.lengths[row] + column + 1], None).any()):
+                ids = self.ids[row : row + 1, : self.lengths[row] + column + 1]
+                past = None if scores is None else scores[: len(scores) - count + column + 1]
+                if bool(self._criteria(ids, past).any()):
                     counts[row], ended[row] = column + 1, True
                     break
 
@@ -583,7 +594,8 @@ class Session:
         self.stats.forwards += 1
         self.stats.passes += sum(self.alive)
 
-    def _vocab_hint(self) -> int:
+    def vocab_hint(self) -> int:
+        """The width that the model's configuration promises for its logits; 0 if it does not say."""
         return int(getattr(self.model.config.get_text_config(decoder=True), "vocab_size", 0) or 0)
 
     def _kv_bytes(self) -> int:
@@ -623,12 +635,13 @@ class Session:
         seen = self.cache.seen[:, None]
         return seen if self._carry_all else seen - (~self._carry[:, None]).long()
 
-    def _forward_prompt(self, ids: Tensor, valid: Tensor | None, whole: bool) -> Tensor:
+    def _forward_prompt(self, ids: Tensor, valid: Tensor | None, count: int) -> Tensor:
+        """Logits of at least the last `count` tokens of a piece of the prompt."""
         positions = self._prompt_positions(ids, valid)
         self.cache.stage(valid)
-        short = not whole and not self.want_hidden and keeps_logits(self.model)
-        options: dict[str, Any] = {"logits_to_keep": 1} if short else {}
-        return self._forward(ids, positions, last=self.want_hidden and not whole, **options)
+        short = count < ids.shape[1] and not self.want_hidden and keeps_logits(self.model)
+        options: dict[str, Any] = {"logits_to_keep": count} if short else {}
+        return self._forward(ids, positions, last=self.want_hidden and count == 1, **options)
 
     def _forward_prompt_beside(self, ids: Tensor, valid: Tensor | None, beside: Auxiliary, whole: bool) -> Tensor:
         """The end of a prompt with auxiliary rows behind its last token, which the cache gives up again."""

@@ -11,6 +11,7 @@ SkippingPolicy   drops nothing: it chooses the tokens that the later layers run 
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -180,7 +181,8 @@ class BudgetedPolicy(BasePolicy):
 
     def slots(self, share: float, length: int) -> int:
         """Slots that a share of ``length`` tokens gives."""
-        return max(int(share * length), self.least())
+        # 0.29 * 100 is a little less than 29.
+        return max(math.floor(share * length + 1e-9), self.least())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import statistics
 import threading
 import time
 import weakref
@@ -16,7 +17,12 @@ from tokenry.generation.engine import Session
 from tokenry.models import TokenCache, context_length
 
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 81)
-_ROUNDS = 5
+_ROUNDS = 7
+# Tokens in the cache behind which a forward is measured.
+_CACHED = 64
+# Steps between two looks at what they take.
+_PATIENCE = 8
+_clock = time.perf_counter
 _costs: weakref.WeakKeyDictionary[object, dict[tuple[object, ...], list[float]]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -25,9 +31,9 @@ def forward_costs(session: Session, sizes: Sequence[int] = _SIZES) -> list[float
     """Seconds of a forward over 0, 1, 2, ... `sizes[-1]` tokens and row, read by number of tokens; a model of a shorter
     context is measured up to its length.
 
-    Measured once per process for a model, batch, device and dtype, with an empty cache, and linear between the sizes.
-    Whatever else the machine does only adds time, so the least of a few rounds over all sizes counts, and no size costs
-    more than a larger one.
+    Measured once per process for a model, batch, device and dtype, behind a few cached tokens, and linear between the
+    sizes. The median of a few rounds over all sizes counts: the least is what a size takes at its luckiest, and
+    flatters those that vary. No size costs more than a larger one.
     """
     model = session.model
     longest = context_length(model)
@@ -37,17 +43,22 @@ def forward_costs(session: Session, sizes: Sequence[int] = _SIZES) -> list[float
     with _lock:
         known = _costs.setdefault(model, {})
         if key not in known:
-            _seconds(session, sizes[-1])  # the first pays for allocations
-            rounds = [[_seconds(session, size) for size in sizes] for _ in range(_ROUNDS)]
-            least = [min(times) for times in zip(*rounds, strict=True)]
-            known[key] = _filled(sizes, [min(least[i:]) for i in range(len(sizes))])
+            behind = TokenCache(session.model)
+            cached = _CACHED if longest is None else min(_CACHED, longest - sizes[-1])
+            if cached:
+                _seconds(session, behind, 0, cached)
+            rounds = [
+                [_seconds(session, behind.fork(), cached, size) for size in sizes]
+                for _ in range(1 + _ROUNDS)  # the first pays for allocations
+            ]
+            typical = [statistics.median(times[1:]) for times in zip(*rounds, strict=True)]
+            known[key] = _filled(sizes, [min(typical[i:]) for i in range(len(sizes))])
         return known[key]
 
 
-def _seconds(session: Session, size: int) -> float:
+def _seconds(session: Session, cache: TokenCache, cached: int, size: int) -> float:
     tokens = torch.zeros(session.batch, size, dtype=torch.long, device=session.device)
-    positions = torch.arange(size, device=session.device).expand(session.batch, -1)
-    cache = TokenCache(session.model)
+    positions = torch.arange(cached, cached + size, device=session.device).expand(session.batch, -1)
     cache.stage()
     _synchronise(session.device)
     start = time.perf_counter()
@@ -84,6 +95,53 @@ def best_size(reaches: Sequence[Sequence[float]], costs: Sequence[float]) -> int
         if expected / costs[size] > rate:
             best, rate = size, expected / costs[size]
     return best
+
+
+class StepCosts:
+    """What the steps of a call cost: their forwards as they were measured, and what whole steps took beyond that, apart
+    for steps with drafts and without.
+
+    Attributes:
+        seconds: Of a step by the nodes of its tree, 1 being no drafts.
+        floors: `least_slopes` of them.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.seconds = self._forwards = forward_costs(session)
+        self.floors = least_slopes(self.seconds)
+        self._began = 0.0
+        self._size = self._steps = 0
+        # Without drafts, and with: seconds beyond the forwards', and steps.
+        self._beyond = [[0.0, 0], [0.0, 0]]
+
+    def begin(self) -> None:
+        """Note that a step begins, which ends the one before."""
+        now = _clock()
+        # The first step may read the prompt too.
+        if self._steps and self._size:
+            forward = self._forwards[self._size]
+            kind = self._beyond[self._size > 1]
+            # A hiccup of the machine is not held against one size.
+            kind[0] += min(max(now - self._began - forward, -forward), forward)
+            kind[1] += 1
+            if self._steps % _PATIENCE == 0:
+                self._look()
+        self._steps += self._size > 0
+        self._began, self._size = now, 0
+
+    def take(self, size: int) -> None:
+        """Note how many nodes the step that has begun verifies."""
+        self._size = size
+
+    def _look(self) -> None:
+        # A kind that was not met yet is taken for like the other.
+        known = [seconds / steps for seconds, steps in self._beyond if steps]
+        plain, drafted = known if len(known) == 2 else known * 2
+        forwards = np.asarray(self._forwards)
+        seconds = forwards + np.where(np.arange(len(forwards)) < 2, plain, drafted)
+        # However short steps were, more nodes do not take less, and none takes next to nothing.
+        self.seconds = np.maximum.accumulate(np.maximum(seconds, forwards / 2)).tolist()
+        self.floors = least_slopes(self.seconds)
 
 
 class Counts:

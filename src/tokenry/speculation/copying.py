@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenry.generation.engine import Session
-from tokenry.speculation.budget import RunCounts, best_size, forward_costs
+from tokenry.speculation.budget import RunCounts, StepCosts, best_size
 from tokenry.speculation.engine import Drafter, DraftTree, TreeShape, Walk
 from tokenry.speculation.sources import Text, Texts
 
@@ -24,7 +24,7 @@ class CopyState:
 
     texts: Texts
     counts: RunCounts | None
-    costs: list[float]
+    costs: StepCosts | None
     runs: list[int] = field(default_factory=list)
     copies: list[list[int]] = field(default_factory=list)
 
@@ -65,17 +65,19 @@ class CopyDrafter(Drafter):
 
     def start(self, session: Session) -> CopyState:
         if self.tokens == "auto":
-            return CopyState(Texts(session, self.reach), RunCounts(), forward_costs(session))
-        return CopyState(Texts(session, self.reach), None, [])
+            return CopyState(Texts(session, self.reach), RunCounts(), StepCosts(session))
+        return CopyState(Texts(session, self.reach), None, None)
 
     def propose(self, session: Session, state: CopyState, room: int) -> DraftTree:
+        if state.costs is not None:
+            state.costs.begin()
         state.texts.update(session)
         rows = state.texts.rows
         found = [self.find(text) if alive else None for text, alive in zip(rows, session.alive, strict=True)]
         state.runs = [match[1] if match else 0 for match in found]
-        if state.counts is not None:
+        if state.costs is not None:
             # One more than is drafted: it is judged by the target's own token.
-            room = min(room, len(state.costs) - 2)
+            room = min(room, len(state.costs.seconds) - 2)
             lengths = [room + 1 if run else 0 for run in state.runs]
         else:
             lengths = [min(self.most(run), room) if run else 0 for run in state.runs]
@@ -84,14 +86,15 @@ class CopyDrafter(Drafter):
             for text, match, length in zip(rows, found, lengths, strict=True)
         ]
         drafts = state.copies
-        if state.counts is not None:
+        if state.counts is not None and state.costs is not None:
             reaches = [
                 state.counts.reach(run, max(len(copy) - 1, 0))
                 for run, copy, alive in zip(state.runs, drafts, session.alive, strict=True)
                 if alive
             ]
-            count = best_size(reaches, state.costs) - 1
-            drafts = [copy[:count] for copy in drafts]
+            size = best_size(reaches, state.costs.seconds)
+            state.costs.take(size)
+            drafts = [copy[: size - 1] for copy in drafts]
         longest = max(map(len, drafts))
         if longest == 0:
             return DraftTree.root(session.anchor)

@@ -272,7 +272,7 @@ class Goose(Drafter):
                 if other != copied and chance > least:
                     yield chance, ((*path, other)[-ORDER:], -1)
 
-        grown = Growth((context, 0), children, auto.costs, auto.floors, room)
+        grown = Growth((context, 0), children, auto.costs.seconds, auto.costs.floors, room)
         return planted(context, [path[-1] for path, _ in grown.nodes], grown.parents), grown.reach
 
     # The drafter ----------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class Goose(Drafter):
 
     def propose(self, session: Session, state: _State, room: int) -> DraftTree:
         if state.auto is not None:
-            state.auto.begin()
+            state.auto.costs.begin()
         state.texts.update(session)
         trees: list[Tree] = []
         reaches: list[list[float]] = []
@@ -321,6 +321,9 @@ class Goose(Drafter):
         chain, _, consensus = self.copy(text) if self.sources != "branches" else ([], 0, False)
         row.chain, row.spine = chain, 0
         if self.sources == "spine" or not recycler.candidates(context)[0]:
+            # The root is a node too; at full confidence the tree has `extra` nodes more.
+            assert self.size != "auto"
+            chain = row.chain = chain[: self.size + self.extra - 1]
             row.spine = len(chain)
             return planted(context, [context[-1], *chain], range(-1, len(chain)))
         confidence = self.trust(len(chain), consensus) if self.confidence else 0.0
@@ -340,7 +343,7 @@ class Goose(Drafter):
         row.chain, row.run = [], 0
         if match is not None:
             # One more than can be drafted: it is judged by the target's own token.
-            row.chain, row.run = text.copy(match[0], min(room, len(auto.costs) - 2) + 1), match[1]
+            row.chain, row.run = text.copy(match[0], min(room, len(auto.costs.seconds) - 2) + 1), match[1]
         return self.grow(auto, recycler, tuple(text.ids[-ORDER:].tolist()), row.chain, row.run, room)
 
     def _candidates(self, recycler: Recycler, context: Context) -> tuple[int, Candidates]:

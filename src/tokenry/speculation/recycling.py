@@ -7,7 +7,6 @@ Odds       how often candidates were right, so that a tree grows where the next 
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenry.generation.engine import Session
-from tokenry.speculation.budget import Counts, Growth, best_size, forward_costs, least_slopes
+from tokenry.speculation.budget import Counts, Growth, StepCosts, best_size
 from tokenry.speculation.engine import DraftTree, TreeShape
 from tokenry.speculation.sources import Candidates, RecyclingTable
 
@@ -27,9 +26,6 @@ ORDER, CONTEXTS = 4, 65_537
 """Most tokens of a context, and rows for them, where a tree grows for speed."""
 
 _CPU = torch.device("cpu")
-# Steps between two looks at what they take.
-_PATIENCE = 8
-_clock = time.perf_counter
 _SPAN = 2048
 # Scores that are told apart, the middle of each class, and how far a score is trusted at first, by the known context's
 # length.
@@ -162,20 +158,14 @@ class Recycler:
 
 
 class Odds:
-    """How often candidates were right in this call, by their score and by how much of their context was known, and what
-    a step costs: its forward as it was measured, and what whole steps took beyond that.
+    """How often candidates were right in this call, by their score and by how much of their context was known.
 
     Attributes:
-        costs: Seconds of a step by the nodes of its tree.
-        floors: `least_slopes` of them.
+        costs: What its steps cost.
     """
 
     def __init__(self, session: Session) -> None:
-        self.costs = self._forwards = forward_costs(session)
-        self.floors = least_slopes(self.costs)
-        self._began: float | None = None
-        self._size = self._steps = 0
-        self._beyond = 0.0
+        self.costs = StepCosts(session)
         self._counts = Counts([trust * middle for trust in _TRUST for middle in _MIDDLES], 4.0)
 
     def chance(self, length: int, score: float) -> float:
@@ -199,25 +189,14 @@ class Odds:
                 if chance > least:
                     yield chance, (*path, token)[-order:]
 
-        grown = Growth(context, children, self.costs, self.floors, room)
+        grown = Growth(context, children, self.costs.seconds, self.costs.floors, room)
         return planted(context, [path[-1] for path in grown.nodes], grown.parents), grown.reach
 
     def cut(self, trees: list[Tree], reaches: Sequence[Sequence[float]]) -> list[Tree]:
         """The trees' prefixes of the size that gives all rows together most tokens a second."""
-        size = self._size = best_size(reaches, self.costs)
+        size = best_size(reaches, self.costs.seconds)
+        self.costs.take(size)
         return [tree if len(tree) <= size else tree.prefix(size) for tree in trees]
-
-    def begin(self) -> None:
-        """Note that a step begins, which ends the one before. Now and then what steps took beyond their forwards is
-        added to the costs of all sizes, which leaves the slopes as they are."""
-        now = _clock()
-        if self._began is not None and self._size:
-            self._steps += 1
-            self._beyond += now - self._began - self._forwards[self._size]
-            if self._steps % _PATIENCE == 0:
-                beyond = max(0.0, self._beyond / self._steps)
-                self.costs = [seconds + beyond for seconds in self._forwards]
-        self._began, self._size = now, 0
 
 
 def planted(context: Context, tokens: Sequence[int], parents: Sequence[int]) -> Tree:

@@ -221,13 +221,21 @@ class RecyclingTable:
                 self.scores = torch.zeros(rows, self.k, dtype=torch.float16, device=device)
             if self.contexts:
                 self.keys = torch.zeros(self.contexts, dtype=torch.int64, device=device)
-        elif self.vocab != vocab:
+        self.fits(vocab)
+        if self.ids.device != device:
+            self._set({name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def fits(self, vocab: int) -> None:
+        """Check that a table which was used is one for logits of a width.
+
+        Raises:
+            ResourceError: It was learned with another vocabulary.
+        """
+        if self.vocab != vocab:
             raise ResourceError(
                 f"the recycling table was learned with {self.vocab} ids and the model has {vocab}; "
                 "use a table of the same model and tokenizer"
             )
-        elif self.ids.device != device:
-            self._set({name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def draft(self, anchor: Tensor, template: Template) -> tuple[Tensor, Tensor]:
         """Tokens of a tree behind anchors `[batch]`, and which were ever learned, both `[batch, n]`."""
@@ -446,6 +454,8 @@ def table_of(
             "method's new_table(), or save one that the method has learned with these options"
         )
     _agree(table, session.resources.get("tokenizer"), slug)
+    if table.vocab and session.vocab_hint():
+        table.fits(session.vocab_hint())
     return table
 
 

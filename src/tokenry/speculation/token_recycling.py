@@ -163,7 +163,7 @@ class TokenRecycling(Drafter):
         return DraftTree(tokens[:, nodes], template.shape.select(nodes), None if bool(known.all()) else known)
 
     def _grown(self, session: Session, state: _Auto, room: int) -> DraftTree:
-        state.odds.begin()
+        state.odds.costs.begin()
         state.texts.update(session)
         trees: list[Tree] = []
         reaches: list[list[float]] = []

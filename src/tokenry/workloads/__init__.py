@@ -55,7 +55,24 @@ def examples(name: str, count: int, *, seed: int = 0, split: str = "test", **opt
     options = _options(name, given) | options
     if split not in ("train", "test"):
         raise BadParameter(f"split={split!r}: choose 'train' or 'test'")
+    for key, value in options.items():
+        _check(name, key, value)
     return list(itertools.islice(WORKLOADS[name](seed, split, **options), count))
+
+
+# The least of an option, where it is not 1; shorter functions have no name to replace.
+_LEAST = {"asked": 0, "longest": 100}
+
+
+def _check(name: str, key: str, value: object) -> None:
+    """Refuse an option's value that would give no tasks, or other ones than it says."""
+    if key == "depth":
+        if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise BadParameter(f"{name}: depth={value} is not allowed; it must be from 0 to 1")
+        return
+    least = _LEAST.get(key, 1)
+    if value is not None and not (isinstance(value, int) and value >= least):
+        raise BadParameter(f"{name}: {key}={value} is not allowed; it must be a whole number of at least {least}")
 
 
 def _options(name: str, given: str) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
+from tokenry.errors import BadParameter
 from tokenry.workloads.engine import Example, functions, seeded
 
 _SYLLABLES = (
@@ -57,6 +58,10 @@ def generate(
             the end: a cache policy that keeps what was looked at before has something to go by.
         questions: Constants asked for one after another, for training; the check reads the first answer.
     """
+    if questions > keys:
+        raise BadParameter(
+            f"recall: questions={questions} is not allowed; it must be at most the number of keys, {keys}"
+        )
     rng = seeded("recall", seed, split)
     pool = functions(split)
     index = 0
