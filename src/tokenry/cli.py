@@ -76,7 +76,7 @@ Workloads = Annotated[
         "--workload",
         "-w",
         metavar="NAMES",
-        help="code, recall, arithmetic, edit; repeat or use commas. Options: recall:asked=3.",
+        help="code, recall, arithmetic, edit, infill, ruler-...; repeat or use commas. Options: recall:asked=3.",
     ),
 ]
 Methods = Annotated[
