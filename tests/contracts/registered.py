@@ -31,6 +31,7 @@ _PROMISES: dict[str, dict[str, Any]] = {
     "hamburger": {"lossless": True},
     # One answer without texts around it is plain decoding.
     "in-context-navigation": {"rounds": 1, "per_round": 1, "header": "", "item": "", "cue": "", "end": ""},
+    "self-draft": {"policy": "sinks", "budget": 8},  # fewer tokens than a tiny prompt has, so that drafts are rejected
     "r2r": {"rule": "random", "threshold": 0.0},  # every token is the model's own
     "skipdecode": {"last": 3},  # all layers of a tiny model
     # One draft without a table is greedy search; two tokens are sampled before it where a call samples.

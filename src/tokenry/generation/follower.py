@@ -72,7 +72,7 @@ class Follower:
             valid = None if bool(real.all()) else real
         width = tokens.shape[1]
         chunk = session.config.prefill_chunk_size or width
-        options = {"logits_to_keep": 1} if keeps_logits(self.model) else {}
+        options: dict[str, Any] = {"logits_to_keep": 1} if keeps_logits(self.model) else {}
         for begin in range(0, width, chunk):
             piece = tokens[:, begin : begin + chunk]
             here = None if valid is None else valid[:, begin : begin + chunk]
@@ -89,12 +89,13 @@ class Follower:
         self.read = [length if own else read for length, read, own in state]
         return self._fitting(logits[:, -1], session.vocab)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: TokenCache | None = None, **options: Any) -> Tensor:
+        """Logits of tokens; `cache` is filled in place of the own one."""
         self._counts[self._name] += 1
         output = self.model(
             input_ids=tokens.clamp(max=self._vocab - 1),
             position_ids=positions.expand_as(tokens),
-            past_key_values=self.cache,
+            past_key_values=self.cache if cache is None else cache,
             use_cache=True,
             return_dict=True,
             **options,

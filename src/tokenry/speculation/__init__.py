@@ -10,6 +10,7 @@ suffix                    copy what followed the longest run of last tokens befo
 token_recycling           what the model last wanted after each token, as a tree
 goose                     a copied spine with branches from the table
 draft_model               a chain from a small model
+self_draft                a chain from the model itself behind a cache of few tokens
 dyspec                    the likeliest tree of a small model
 gated_lora_mtp            the model's own masks, seen by LoRA weights alone
 future_token_prediction   a small decoder on one state of the model
@@ -27,12 +28,13 @@ from tokenry.speculation.gated_lora_mtp import GatedLoRAMTP
 from tokenry.speculation.goose import Goose
 from tokenry.speculation.hamburger import Hamburger
 from tokenry.speculation.prompt_lookup import PromptLookup
+from tokenry.speculation.self_draft import SelfDraft
 from tokenry.speculation.sources import RecyclingTable
 from tokenry.speculation.suffix import Suffix
 from tokenry.speculation.token_recycling import TokenRecycling
 
 __all__ = [
     "AnySubset", "Auxiliary", "DraftModel", "DraftTree", "Drafter", "DySpec", "FutureTokenPrediction", "GatedLoRAMTP",
-    "Goose", "Hamburger", "PromptLookup", "RecyclingTable", "Suffix", "TokenRecycling", "TreeShape", "Walk",
-    "rejection",
+    "Goose", "Hamburger", "PromptLookup", "RecyclingTable", "SelfDraft", "Suffix", "TokenRecycling", "TreeShape",
+    "Walk", "rejection",
 ]  # fmt: skip
