@@ -108,7 +108,9 @@ def export(work: Path) -> None:
     for name in BUNDLED:
         folder = work / name / "final"
         if folder.is_dir():
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target / name)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            model.config.use_cache = True  # training had switched it off
+            model.save_pretrained(target / name)
             tokenizer.save_pretrained(target / name)
 
 

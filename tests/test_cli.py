@@ -11,6 +11,7 @@ import pytest
 from tests.evaluation import tiny_text
 from tokenry import __version__, cli
 from tokenry.catalogue import TRAINERS
+from tokenry.errors import CacheMisuse
 
 TINY = ("--max-new-tokens", "8", "--repeats", "1")
 
@@ -48,7 +49,7 @@ def fails(capsys, code, *arguments):
     "command",
     [
         *("", "compare", "choose", "generate", "methods", "results", "train"),
-        *("bench", "bench model", "bench speculation", "bench drafters", "bench decoding"),
+        *("bench", "bench model", "bench speculation", "bench drafters", "bench decoding", "bench kvcache"),
     ],
 )
 def test_help_shows_a_real_example(capsys, command):
@@ -373,6 +374,25 @@ def test_misuse_of_the_command_line(capsys, folder, arguments, words):
     assert words in fails(capsys, 2, *arguments)
 
 
+def test_a_misused_cache_exits_with_1(capsys, folder, monkeypatch):
+    def misused(*_, **__):
+        raise CacheMisuse("the cache was used outside its block")
+
+    monkeypatch.setattr("tokenry.generation.generate", misused)
+    assert "outside its block" in fails(capsys, 1, "generate", "def", "--model", folder)
+
+
+def test_limits_of_sampling_need_sampling(capsys, folder):
+    for option in (["--top-p", "0.5"], ["--top-k", "5"]):
+        assert "--temperature" in fails(capsys, 2, "generate", "def", "--model", folder, *option)
+
+
+def test_debug_alone_shows_the_help(capsys):
+    assert cli.main(["--debug"]) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+
+
 def test_other_failures_exit_with_1_and_debug_shows_the_traceback(capsys, folder, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line")
@@ -414,6 +434,25 @@ def test_generate_json_names_what_ran(capsys, folder):
     arguments[arguments.index("--method") + 1] += ";compact_every=4"
     assert cli.main([*arguments, "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("method", ["superposed-decoding:k=3;alpha=0", "in-context-navigation:rounds=2;per_round=2"])
+def test_generate_shows_all_texts_of_a_method_that_writes_several(capsys, folder, method):
+    arguments = ["generate", "def f(", "--model", folder, "--method", method, "--max-new-tokens", "4"]
+    assert cli.main([*arguments, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    count = 3 if method.startswith("superposed") else 4
+    assert len(data["texts"]) == count and len(set(data["texts"])) > 1 and data["text"] == data["texts"][0]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed == "".join(f"{number}: {text}\n" for number, text in enumerate(data["texts"], 1))
+    # One text streams as ever, and stands in the list alone.
+    one = [*arguments[:-3], "superposed-decoding:k=1;alpha=0", *arguments[-2:]]
+    assert cli.main([*one, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["texts"] == [data["text"]]
+    assert cli.main(one) == 0
+    assert capsys.readouterr().out == data["text"] + "\n"
 
 
 def test_generate_samples_with_a_seed(capsys, folder):

@@ -325,7 +325,8 @@ def generate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> int:
-    """Continue a text, streamed to standard output."""
+    """Continue a text, streamed to standard output; several texts of a method come numbered, at the end."""
+    from tokenry.decoding.several import writes_several
     from tokenry.evaluation import Setting, samples
     from tokenry.generation import generate as run
     from tokenry.generation.full import check_unicode, effective
@@ -333,12 +334,15 @@ def generate(
 
     asked = read_method(method)
     chosen = effective(asked)
+    several = writes_several(chosen)
     text = _read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise BadPrompt("the prompt is empty; give a text to continue")
     check_unicode(text)
     if temperature is None:
         temperature = 1.0 if samples(chosen) else 0.0
+    if temperature == 0 and (top_p < 1 or top_k):
+        raise BadParameter("--top-p and --top-k say how tokens are sampled; give --temperature above 0 with them")
     setting = Setting(temperature != 0, temperature, top_p, top_k)
     loaded, tokenizer = _load(model, dtype, device)
     if chosen != asked:
@@ -352,7 +356,9 @@ def generate(
     if stop:
         options["stop_strings"] = stop
     try:
-        result = run(loaded, tokenizer, text, method=chosen, stream=None if as_json else write, seed=seed, **options)
+        # Of several texts none is the text until all are done.
+        stream = None if as_json or several else write
+        result = run(loaded, tokenizer, text, method=chosen, stream=stream, seed=seed, **options)
     except KeyboardInterrupt:
         if not as_json:
             write("\n")  # the message begins a line of its own
@@ -367,13 +373,17 @@ def generate(
                 "seed": seed,
                 "prompt": text,
                 "text": result.text(tokenizer),
+                "texts": result.texts(tokenizer),
                 "tokens": result.new_tokens[0],
                 "sources": [source.name.lower() for source in result.new_sources[0]],
                 "stats": asdict(result.stats) if result.stats else None,
             }
         )
+    elif several:
+        for number, own in enumerate(result.texts(tokenizer), 1):
+            write(f"{number}: {own}\n")
     else:
-        sys.stdout.write("\n")
+        write("\n")
     if stats:
         typer.echo(str(result.stats), err=True)
     return OK
@@ -643,11 +653,14 @@ def bench_decoding(
         list[str] | None,
         typer.Option(metavar="NAME", help="cntp, r2r, skipdecode, superposed, navigation or bytes; by default all."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts (or lines of code) of each seed.")] = 20,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Prompts of each seed; of lines of code, which are cut at every byte, a quarter.")
+    ] = 20,
     seeds: Annotated[int, typer.Option(min=2, help="Seeds; 5 are the fewest to claim an ordering from.")] = 5,
     small: Annotated[
-        str, typer.Option(metavar="NAME", help="R2R's small model, of the same tokenizer.")
-    ] = "tokenry/code-draft",
+        str | None,
+        typer.Option(metavar="NAME", help="R2R's small model, of the same tokenizer; by default tokenry/code-draft."),
+    ] = None,
     tuned: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="What `tokenry train skipdecode` wrote; by default where it writes."),
@@ -664,7 +677,10 @@ def bench_decoding(
     json_path: Json = None,
     quiet: Quiet = False,
 ) -> int:
-    """Measure the decoders against the orderings that their papers promise, over several seeds with costs."""
+    """Measure the decoders against the orderings that their papers promise, over several seeds with costs.
+
+    A model that is named must be there. The exit code is 1 if a check that must hold on every model does not.
+    """
     from tokenry.evaluation import bench_decoding as run
     from tokenry.evaluation.decoding import chosen_parts
 
@@ -685,7 +701,9 @@ def bench_decoding(
         progress=not quiet,
     )
     _show(result, result.to_json(), json_path)
-    return INTERRUPTED if result.partial else OK
+    if result.partial:
+        return INTERRUPTED
+    return FAILED if result.broken else OK
 
 
 @bench_app.command(
@@ -1083,7 +1101,8 @@ def main(arguments: list[str] | None = None) -> int:
         _give_up_output()
         return FAILED
     except Exception as error:
-        if debug:
+        # What the command line itself complains of needs no traceback.
+        if debug and not hasattr(error, "format_message"):
             raise
         if isinstance(error, TokenryError):
             ours = isinstance(error, BadMethod | CacheMisuse | _NotWritten)

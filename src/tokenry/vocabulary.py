@@ -53,7 +53,9 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         if number not in added:
             found[number] = decode(piece)
         elif not added[number]["special"]:
-            found[number] = piece.encode()
+            # Added tokens of a byte-level tokenizer stand for their text as it is; SentencePiece's decoder reads them
+            # as it reads pieces.
+            found[number] = decode(piece) if decode is _from_sentence_piece else piece.encode()
     return found
 
 
@@ -124,6 +126,7 @@ class ByteVocabulary:
         self.letters = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(pairs), self.longest)
         self.symbols = sorted(i for i in tokenizer.get_vocab().values() if not self.bytes_of[i])
         self._raw = _without_additions(tokenizer)
+        self._cuts_ahead = _cuts_ahead(self._raw)
         self._local = _spec(tokenizer)["model"]["type"] == "BPE"
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._lock = threading.Lock()
@@ -192,6 +195,19 @@ class ByteVocabulary:
                     raise
                 ids.append(int(self.ids[low]))
             return ids
+
+    def check_canonical(self) -> None:
+        """Refuse a tokenizer whose canonical sequences `canonical` would not tell.
+
+        Raises:
+            UnsupportedModel: It cuts digits into groups from their end, so that every further digit moves all cuts.
+        """
+        if self._cuts_ahead:
+            raise UnsupportedModel(
+                "the tokenizer groups digits from the end of a number, so its ids of a number depend on digits that "
+                "are not there yet, and canonical sequences are not known; take another tokenizer, or count all "
+                "sequences: ByteView(model, tokenizer, canonical=False)"
+            )
 
     def begins_text(self, ids: Sequence[int]) -> bool:
         """Whether what ids spell is the beginning of some UTF-8."""
@@ -304,6 +320,14 @@ def _without_additions(tokenizer: Any) -> Tokenizer:
     raw = Tokenizer.from_str(json.dumps(spec | {"post_processor": None, "padding": None, "truncation": None}))
     raw.encode_special_tokens = True
     return raw
+
+
+def _cuts_ahead(raw: Tokenizer) -> bool:
+    """Whether a digit behind a number changes the cuts before the number's last part."""
+    if raw.pre_tokenizer is None:
+        return False
+    runs = ([part for part, _ in raw.pre_tokenizer.pre_tokenize_str("1" * count)] for count in range(1, 10))
+    return any(longer[: len(run) - 1] != run[:-1] for run, longer in itertools.pairwise(runs))
 
 
 def _bare(part: Any) -> Any:

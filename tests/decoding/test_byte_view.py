@@ -16,6 +16,7 @@ from tests.decoding import byte_tokenizers as kinds
 from tokenry.decoding import ByteEnsemble, ByteView, next_byte_distribution
 from tokenry.decoding.byte_view.covers import Covers, Row
 from tokenry.errors import BadParameter, BadPrompt, PromptTooLong, UnsupportedModel
+from tokenry.training.corpus import train_tokenizer
 from tokenry.vocabulary import ByteVocabulary, token_bytes
 
 MERGES = [("a", "a"), ("a", "b"), ("aa", "b"), ("b", "c"), ("ab", "c"), ("c", "c")]
@@ -229,6 +230,49 @@ def test_one_byte_an_id_is_the_model_itself():
     assert torch.allclose(found[256:], wanted[:3], atol=1e-12)
 
 
+@pytest.mark.parametrize("paths", ("fast", "canonical"))
+def test_a_prompt_that_ends_on_a_boundary_has_the_marginal_of_the_next_token(paths):
+    """Where no token extends the last one; where one does, the marginal is another distribution."""
+    tokenizer = kinds.byte_level([("a", "b"), ("c", "a")])
+    model = kinds.model(tokenizer)
+    view = ByteView(model, tokenizer, paths=paths)
+    for text, bound in (("abab", True), ("caab", True), ("ba", False)):
+        ids = [1, *tokenizer(text)["input_ids"]]
+        shares = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        if paths == "canonical":
+            known = Enumeration(model, tokenizer, True)
+            shares = known.next(tuple(ids[1:]))
+        marginal = torch.zeros(256 + 3, dtype=torch.float64)
+        for number, spelled in enumerate(view.vocabulary.bytes_of):
+            marginal[spelled[0] if spelled else 256 + number] += shares[number]
+        found = view.start(text).log_probs().exp()
+        assert torch.allclose(found, marginal, atol=1e-12) == bound
+
+
+@pytest.mark.parametrize("kind", ("bpe", "unigram"))
+def test_tokenizers_of_the_repositorys_own_recipes(kind, tmp_path):
+    """Every cut of a line: distributions of one process, whose product is the sum over all covers of the line."""
+    if kind == "bpe":
+        tokenizer = tokenry.load("tokenry/code")[1]
+    else:
+        texts = [*kinds.TEXT, *(f"def f{n}(x):\n    return x * {n}\n" for n in range(200))]
+        tokenizer = train_tokenizer(texts, tmp_path, vocabulary=420, context=256, kind="unigram")
+    model = kinds.model(tokenizer)
+    view = ByteView(model, tokenizer)
+    line = "  return é(12)"
+    data = line.encode()
+    state, total = view.start(data[:5]), 0.0
+    for end in range(5, len(data)):
+        logs = state.log_probs()
+        assert float(logs.exp().sum()) == pytest.approx(1, abs=1e-9)
+        total += float(logs[data[end]])
+        state.append(data[end])
+    assert total == pytest.approx(view.log_prob(data[5:], data[:5]), abs=1e-9)
+    ids = tokenizer(line)["input_ids"]
+    assert tuple(ids) in {(*state.settled, *own) for own in state.covers}
+    assert view.vocabulary.spelled(ids) == data
+
+
 def test_what_is_pruned_is_told_and_bounds_the_error():
     tokenizer = kinds.trained()
     model = kinds.model(tokenizer)
@@ -307,9 +351,69 @@ def test_generated_bytes_are_those_of_the_distribution():
     streamed = []
     stopped = both.generate("x", max_bytes=40, seed=1, stop=[one[3:5]], stream=streamed.append)
     assert stopped.data == one[:5] == b"".join(streamed)
-    for bad in ({"max_bytes": 0}, {"temperature": -1}, {"top_p": 0}):
+    # A text alone is one mark, not one a letter.
+    for mark in (one[3:5], bytearray(one[3:5])):
+        assert both.generate("x", max_bytes=40, seed=1, stop=mark).data == one[:5]
+    assert b"e" in both.generate("return val", max_bytes=12, temperature=0, stop="never").data[:-1]
+    stops = [{"stop": stop} for stop in ("", b"", [""], ["a", 10])]
+    for bad in ({"max_bytes": 0}, {"temperature": -1}, {"top_p": 0}, *stops):
         with pytest.raises(BadParameter, match=next(iter(bad))):
             both.generate("x", **bad)
+
+
+def test_what_is_refused_leaves_the_state_as_it_was():
+    tokenizer = kinds.byte_level(MERGES)
+    view = ByteView(kinds.model(tokenizer), tokenizer)
+    state, same = view.start("ab"), view.start("ab")
+    for refused, kind in ((ord("x"), BadPrompt), (300, BadParameter), (-1, BadParameter), ("a", BadParameter)):
+        with pytest.raises(kind):
+            state.append(refused)
+        assert state.text == b"ab"
+        assert torch.equal(state.log_probs(), same.log_probs())
+    with pytest.raises(BadPrompt):
+        state.read(b"cax")
+    with pytest.raises(BadPrompt, match="neither"):
+        state.read(5)
+    assert state.text == b"ab"
+    for own in (state, same):
+        own.read("ca")
+        own.append(ord("a"))
+    assert torch.equal(state.log_probs(), same.log_probs())
+    assert state.text == b"abcaa" and state.covers == same.covers
+    # A read that is refused behind its first forward tells how far it came.
+    with pytest.raises(BadPrompt):
+        same.read(b"ab" * 40 + b"x")
+    assert same.text == b"abcaa" + b"ab" * 32
+    state.read(b"ab" * 32)
+    assert torch.allclose(state.log_probs(), same.log_probs(), atol=1e-12)
+
+
+def test_an_ensemble_stays_in_step_where_one_member_refuses():
+    wide, narrow = kinds.byte_level([], "abcx"), kinds.byte_level(MERGES)
+    both = ByteEnsemble([(kinds.model(wide), wide), (kinds.model(narrow), narrow)])
+    state, same = both.start("ab"), both.start("ab")
+    with pytest.raises(BadPrompt):
+        state.append(ord("x"))
+    with pytest.raises(BadPrompt):
+        state.read(b"cx")
+    for own in (state, same):
+        own.append(ord("c"))
+    assert [each.text for each in state.states] == [b"abc", b"abc"]
+    assert torch.equal(state.log_probs(), same.log_probs())
+
+
+@pytest.mark.parametrize("context", ("abc", [999], [-1], ["a"], [1.0], [True], 1))
+def test_a_context_that_is_no_ids_is_explained(context):
+    tokenizer = kinds.byte_level(MERGES)
+    with pytest.raises(BadPrompt, match="from 0 to"):
+        ByteView(kinds.model(tokenizer), tokenizer).start("a", context=context)
+
+
+def test_a_context_may_be_a_tensor():
+    tokenizer = kinds.byte_level(MERGES)
+    view = ByteView(kinds.model(tokenizer), tokenizer)
+    wanted = view.start("a", [1, 3, 4]).log_probs()
+    assert torch.equal(view.start("a", torch.tensor([1, 3, 4])).log_probs(), wanted)
 
 
 def test_infilling_moves_what_a_token_could_cross_behind_the_mark():
@@ -369,6 +473,19 @@ def test_what_may_follow_depends_on_the_last_words_alone():
         wanted = vocabulary.canonical([[*whole[:end], number] for number in vocabulary.ids.tolist()])
         assert vocabulary.continuations(whole[:end]).tolist() == wanted
         assert wanted[vocabulary.place_of[whole[end]]]
+
+
+def test_digits_that_are_grouped_from_their_end_are_refused():
+    grouped = kinds.trained(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|[^\p{N}]+")
+    with pytest.raises(UnsupportedModel, match="digits"):
+        ByteView(kinds.model(grouped), grouped)
+    with pytest.raises(UnsupportedModel, match="digits"):
+        tokenry.generate(kinds.model(grouped), grouped, "x 12", method="exact-byte-probabilities", max_new_tokens=2)
+    assert float(ByteView(kinds.model(grouped), grouped, canonical=False).start("1").log_probs().exp().sum()) > 0.999
+    # Groups from the front, and whole numbers, are served.
+    for pattern in (r"\p{N}{1,3}|[^\p{N}]+", r"\p{N}+|[^\p{N}]+", r"\p{N}|[^\p{N}]+"):
+        kept = kinds.trained(pattern)
+        ByteView(kinds.model(kept), kept)
 
 
 def test_word_pieces_are_refused_and_bad_calls_explained(monkeypatch):

@@ -136,6 +136,27 @@ def test_entropy_and_perplexity_of_the_models_own_distribution():
         assert segment["kept"] == segment["perplexities"].index(min(segment["perplexities"]))
 
 
+def test_entropy_near_its_lower_bound_is_taken_in_float32():
+    """In bfloat16 a probability of 0.999 is 1, and an entropy near 0.01 says nothing."""
+    model, inputs = tiny.model(dtype=torch.bfloat16), tiny.prompts((12,))
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[0, -1].double()
+    for aim in (0.011, 0.0134, 0.0151, 0.0187):
+        low, high = 1e-3, 10.0
+        for _ in range(80):
+            middle = (low * high) ** 0.5
+            entropy = float(torch.distributions.Categorical(logits=logits / middle).entropy())
+            low, high = (middle, high) if entropy < aim else (low, middle)
+        method = CNTP(punctuation=MARKS, entropy_low=0.01, entropy_high=0.02, min_trials=2)
+        result = model.generate(
+            **inputs, custom_generate=method, do_sample=True, max_new_tokens=2, temperature=low, top_k=0,
+            return_dict_in_generate=True, tokenry_options=Options(seed=0),
+        )  # fmt: skip
+        first = result.stats.extra["segments"][0]
+        assert first["position"] == 0 and first["entropy"] == pytest.approx(aim, rel=1e-3)
+        assert first["trials"] == 2 + int(8 * (aim - 0.01) / 0.01)
+
+
 @pytest.mark.parametrize("rule", ("fixed", "inverted"))
 def test_rules_of_the_ablation_run_their_numbers_of_trials(rule):
     method = CNTP(punctuation=MARKS, rule=rule)

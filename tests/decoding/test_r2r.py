@@ -250,18 +250,29 @@ def test_the_papers_router_has_56_million_weights():
     assert sum(p.numel() for p in router.parameters()) == pytest.approx(56e6, rel=0.02)
 
 
-def test_a_saved_router_says_the_same_and_knows_its_small_model(tmp_path):
-    _, small = pair()
+def test_a_saved_router_says_the_same_and_knows_its_models(tmp_path):
+    large, small = pair()
     router = Router(32, 32, width=16, blocks=2, topk=5).eval()
     given = torch.randn(4, 32), torch.randn(4, 32), torch.randn(4, 5)
-    router.save(tmp_path, small, threshold=0.3, quantiles={"router": [0.0, 0.5, 1.0], "entropy": [0.0, 1.0, 4.0]})
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        again = Router.load(tmp_path, copy.deepcopy(small).to(dtype))
+    router.save(tmp_path, small, large, threshold=0.3, quantiles={"router": [0.0, 0.5, 1], "entropy": [0.0, 1, 4]})
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        again = Router.load(tmp_path, copy.deepcopy(small).to(dtype), copy.deepcopy(large).to(dtype))
         assert torch.equal(again(*given), router(*given)) and again.threshold == 0.3
     assert [again.threshold_for(share) for share in (1, 0.75, 0.5, 0.25, 0)] == [0, 0.25, 0.5, 0.75, float("inf")]
     assert again.threshold_for(0.25, "entropy") == 2.5
-    with pytest.raises(ResourceError, match="other weights"):
-        Router.load(tmp_path, tiny.model(seed=2))
+    other = copy.deepcopy(small)
+    other.model.layers[-1].mlp.down_proj.weight.data[0, 0] += 1  # the embeddings are the same
+    for wrong in (tiny.model(seed=2), other, tiny.model("gpt2", torch.float16)):
+        with pytest.raises(ResourceError, match="for the small model"):
+            Router.load(tmp_path, wrong, large)
+    for wrong in (small, tiny.model(seed=2), tiny.model("gpt2", torch.float16)):
+        with pytest.raises(ResourceError, match="for the large model"):
+            Router.load(tmp_path, small, wrong)
+    # What was trained for one large model is not used beside another in silence.
+    method = R2R(router=str(tmp_path))
+    generate(method, large, small, tiny.prompts((6,)), max_new_tokens=2)
+    with pytest.raises(ResourceError, match="train a router for this pair"):
+        generate(method, tiny.model(seed=2), small, tiny.prompts((6,)), max_new_tokens=2)
 
 
 def test_thresholds_and_auc_are_what_they_say():
@@ -415,9 +426,9 @@ def trainer(small, **options):
     return RouterTrainer(**settings | options)
 
 
-def synthetic(small, rows=40, length=30):
+def synthetic(rows=40, length=30, seed=0):
     """Positions whose label is written in their hidden state."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     n = rows * length
     hidden = torch.randn(n, 32, generator=generator)
     row = torch.arange(rows).repeat_interleave(length)
@@ -432,7 +443,7 @@ def synthetic(small, rows=40, length=30):
 def test_it_learns_what_can_be_known_and_shifted_labels_teach_nothing(tmp_path):
     pytest.importorskip("accelerate")
     _, small = pair()
-    made, found = trainer("none", batch=256, width=32), synthetic(small)
+    made, found = trainer("none", batch=256, width=32), synthetic()
     scores = {}
     for shift in (0, 1):
         own = copy.copy(found)
@@ -467,11 +478,26 @@ def test_training_makes_a_router_that_routes(small_folder, tmp_path):
     assert tokenry.generate(model, tokenizer, "def f1(", method=entropy, max_new_tokens=4).stats.extra["share"] <= 1
 
 
-def test_a_wanted_share_is_what_the_threshold_routes_of_held_out_text(small_folder, tmp_path):
+def test_a_wanted_share_is_what_the_threshold_routes_of_other_text(small_folder, tmp_path, monkeypatch):
+    """Positions that no judge can tell are asked about too, and they are no chance sample: all of them mismatch."""
     pytest.importorskip("accelerate")
     model, tokenizer = tiny_text.model(), tiny_text.tokenizer()
-    note = run(trainer(small_folder, share=0.25), model, tokenizer, TEXTS, tmp_path, steps=3, seed=0)
-    assert note["share"] == pytest.approx(0.25, abs=0.05)
+    known, new = synthetic(rows=80), synthetic(rows=100, seed=1)
+    untold = (known.hidden[:, 0] > 0.5) & (torch.arange(len(known)) % 5 > 0)
+    known.label[untold], known.entropy[untold] = -1, 2.0
+    new.entropy[(new.hidden[:, 0] > 0.5) & (torch.arange(len(new)) % 5 > 0)] = 2.0
+    monkeypatch.setattr(RouterTrainer, "_positions", lambda self, *rest: known)
+    made = trainer(small_folder, rows=80, share=0.35, batch=256, width=32)
+    note = run(made, model, tokenizer, TEXTS, tmp_path, steps=60, seed=0)
+    assert note["share"] == pytest.approx(0.35, abs=0.01)
+    small = tokenry.load(small_folder)[0]
+    router = Router.load(tmp_path, small, model)
+    chances = made._chances(router, small, new)
+    for share, threshold in ((0.35, router.threshold), (0.35, router.threshold_for(0.35)), (0.1, None)):
+        threshold = router.threshold_for(share) if threshold is None else threshold
+        assert float((chances >= threshold).float().mean()) == pytest.approx(share, abs=0.07)
+    reached = (new.entropy >= router.threshold_for(0.5, "entropy")).float().mean()
+    assert float(reached) == pytest.approx(0.5, abs=0.07)
 
 
 def test_labels_without_two_kinds_are_refused(tmp_path, small_folder):

@@ -283,6 +283,13 @@ def test_annealing_ends_in_the_schedule():
     assert SkipObjective(schedule).at(0) == schedule
 
 
+def test_layers_that_are_dropped_at_random_are_refused(tmp_path):
+    model = tiny.model("opt")
+    model.config.layerdrop = 0.1
+    with pytest.raises(UnsupportedModel, match="layerdrop to 0"):
+        SkipDecodeTrainer().train(model, tiny.tokenizer(), ["w1 w2"], tmp_path, steps=1, seed=0)
+
+
 def test_the_trained_model_writes_better_under_its_schedule(tmp_path):
     pytest.importorskip("accelerate")
     model, tokenizer = tiny_text.model(layers=4), tiny_text.tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -56,6 +57,30 @@ def test_the_first_tokens_are_the_best_of_the_true_distribution(kind, dtype):
     # In half precision equal logits may change places.
     assert torch.allclose(got, logits.topk(3).values, atol=1e-5 if dtype == torch.float32 else 0.2)
     assert torch.allclose(torch.tensor(result.stats.extra["scores"]), top, atol=1e-4 if dtype == torch.float32 else 0.3)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("kind", ("llama", "gemma"))
+def test_half_precision_over_several_tokens(kind, dtype):
+    """Of one draft the mixture is its token, so it is plain; several are read as the float64 model reads them."""
+    model, inputs = tiny.model(kind, dtype), tiny.prompts((24, 13))
+    wanted = model.generate(**inputs, do_sample=False, max_new_tokens=10)
+    assert torch.equal(run(model, inputs, Superposed(k=1, **PLAIN)).sequences, wanted)
+    exact, embed = copy.deepcopy(model).to(torch.float64), model.get_input_embeddings()
+    method, row = Superposed(k=3, temperature=1.0, **PLAIN), {"input_ids": inputs["input_ids"][:1]}
+    context, best = exact.get_input_embeddings()(row["input_ids"]), torch.zeros(1)
+    said = run(model, row, method, max_new_tokens=6, output_logits=True).logits
+    for length, logits in enumerate(said):
+        with torch.no_grad():
+            wanted = exact(inputs_embeds=context, use_cache=False).logits[0, -1].float()
+        # Logits have a deviation of 2.
+        assert float((logits[0] - wanted).abs().mean()) < (0.2 if dtype == torch.bfloat16 else 0.02)
+        best = (best[:, None] + logits[0].topk(9).values.log_softmax(-1)).flatten().topk(3).values
+        drafts = run(model, row, method, max_new_tokens=length + 1)
+        scores = torch.tensor(drafts.stats.extra["scores"][0])
+        assert torch.allclose(scores, best, atol=1e-4)
+        last = embed(drafts.sequences[:, -1]).double()
+        context = torch.cat([context, (scores.softmax(-1).double()[:, None] * last).sum(0)[None, None]], 1)
 
 
 def reference(model, row, method, counts, new, ends=()):

@@ -6,13 +6,16 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests.evaluation import tiny_text
 from tokenry import cli
 from tokenry.catalogue import BY_SLUG, CACHE, EXACTNESS, ROWS, TRAINING, TRAITS, WAYS
-from tokenry.errors import BadParameter
+from tokenry.errors import BadParameter, UnsupportedModel
 from tokenry.evaluation import Allowed, Spread, choose, compare, family_pages
 from tokenry.evaluation.choose import _choice, _standings, candidates, recommendation, taxonomy
+from tokenry.evaluation.running import Runner
 from tokenry.methods import load_class, method
 from tokenry.workloads import Example
 
@@ -140,6 +143,28 @@ def test_a_page_tells_what_was_recommended_and_not_by_speeds_of_few_pairs(chosen
         f"where second model may change, recommends `{chosen.recommended}` among {len(chosen.standings)} ways: "
         f"{chosen.reason}."
     )
+
+
+def test_a_model_that_tokenrys_loop_does_not_serve_is_left_to_transformers():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    found = choose(model, TOKENIZER, PROMPTS, **QUICK)
+    assert found.method == found.recommended == "transformers"
+    refused = found.left_out["plain"]
+    assert "key-value cache" in refused and refused in found.reason and "token-recycling" in found.left_out
+    assert all(standing.method.startswith("transformers") for standing in found.standings)
+    data = json.loads(found.to_json())
+    assert data["recommended"] == "transformers" and data["left_out"]["plain"] == refused
+
+
+def test_where_nothing_runs_the_reason_is_plains(monkeypatch):
+    def refuse(self, variant, *rest):
+        raise UnsupportedModel(f"{variant.method} is not for this model")
+
+    monkeypatch.setattr(Runner, "run", refuse)
+    with pytest.raises(UnsupportedModel, match=r"plain is not for this model.*transformers is not for this model"):
+        choose(MODEL, TOKENIZER, PROMPTS, **QUICK)
 
 
 # --- from figures to a choice -------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tokenry.errors import BadParameter, PromptTooLong, ResourceError
 from tokenry.evaluation import bench_speculation, family_pages, speculation, write_pages
 from tokenry.evaluation.checks import Ordering, lossless_check, not_slower_checks, ordering_checks
 from tokenry.evaluation.claims import CLAIMS
+from tokenry.evaluation.metrics import Spread
 from tokenry.evaluation.speculation import automatic
 from tokenry.methods import method
 from tokenry.speculation import PromptLookup
@@ -198,6 +199,21 @@ def test_not_slower_means_that_the_upper_quartile_reaches_1_on_every_task(measur
     assert check.ratio.count == 2 * len(TASKS)
     (reference,) = not_slower_checks(run, ["transformers"])
     assert reference.passed and reference.clear and reference.ratio.median == 1
+    # Against another method the ratio is taken pair by pair.
+    (beside,) = not_slower_checks(run, ["prompt-lookup", "plain"], than="plain")
+    ratios = {
+        task: [a / b for a, b in zip(run.row("prompt-lookup", task).pairs, run.row("plain", task).pairs, strict=True)]
+        for task in TASKS
+    }
+    assert beside.by_task == pytest.approx({task: Spread.of(pairs).median for task, pairs in ratios.items()})
+    assert beside.passed == all(Spread.of(pairs).upper >= 1 for pairs in ratios.values())
+    assert not not_slower_checks(run, ["prompt-lookup"], than="absent")
+
+
+def test_tasks_of_one_name_are_refused():
+    twice = {"code": ["def f(x):"]}
+    with pytest.raises(BadParameter, match="two tasks named 'code'"):
+        bench(prompts=twice, workloads=["code"])
 
 
 # --- pages --------------------------------------------------------------------------------------
@@ -216,7 +232,10 @@ def test_json_has_runs_checks_and_no_samples(measured):
     assert data["kind"] == "speculation" and data["schema_version"] == 1 and data["prompts"] is None
     assert [run["settings"]["batch_size"] for run in data["runs"]] == [1, 2]
     assert all("samples" not in run for run in data["runs"])
-    assert len(data["checks"]) == 2 and len(data["skipped"]) == 2
+    names = [(check["name"], check["batch_size"]) for check in data["checks"]]
+    lookup = ("not-slower:prompt-lookup:transformers-prompt-lookup", 1)  # it takes one prompt at a time
+    assert names == [("lossless", 1), ("not-slower:plain", 1), lookup, ("lossless", 2), ("not-slower:plain", 2)]
+    assert len(data["skipped"]) == 2
 
 
 def test_a_page_shows_the_figures_of_its_files(measured, folder, tmp_path):

@@ -215,6 +215,7 @@ def test_length_that_is_given_nowhere(model, tokenizer):
 
 
 def test_bad_input(model, tokenizer):
+    before = model.config._attn_implementation, [len(module._forward_pre_hooks) for module in model.modules()]
     for empty in ("", [], ["a", ""], [[]], torch.empty(1, 0, dtype=torch.long)):
         with pytest.raises(BadPrompt, match="empty"):
             generate(model, tokenizer, empty)
@@ -237,6 +238,14 @@ def test_bad_input(model, tokenizer):
             generate(model, tokenizer, [4, 5], stop_strings=empty)
     with pytest.raises(MethodNotFound, match="did you mean plain"):
         generate(model, tokenizer, "a", method="plane")
+    after = model.config._attn_implementation, [len(module._forward_pre_hooks) for module in model.modules()]
+    assert after == before and active_policy(model) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_ids_at_the_native_door(model, name):
+    with pytest.raises(BadPrompt, match="prompt is empty"):
+        model.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=4, custom_generate=method(name))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -191,6 +191,11 @@ def test_misuse_is_refused_and_the_model_restored():
     filled = model(ids).past_key_values
     with pytest.raises(CacheMisuse, match="already holds 20 tokens"), policy(model):
         model.generate(torch.cat([ids, ids], 1), past_key_values=filled, max_new_tokens=2)
+    other = H2O(budget=30).cache(model)
+    with pytest.raises(CacheMisuse, match="another policy"), policy(model):
+        model.generate(ids, past_key_values=other, max_new_tokens=2)
+    assert other.get_seq_length() == 0
+    del other
     with pytest.raises(CacheMisuse, match="StaticCache"), policy(model):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
     with pytest.raises(CacheMisuse, match="use_cache"), policy(model):

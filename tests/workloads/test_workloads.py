@@ -74,7 +74,7 @@ def test_recall_may_have_been_asked_before():
     ],
 )
 def test_bad_options(name):
-    with pytest.raises(BadParameter, match="option|number|is not allowed"):
+    with pytest.raises(BadParameter, match=r"option|number|is not allowed"):
         examples(name, 1)
 
 
@@ -176,6 +176,21 @@ def test_answers_are_texts_numbers_or_any_of_a_list(tmp_path):
     assert number.answer == "42" and number.check("so 42") == 1 and number.check("so 41") == 0
     assert several.answer == "four" and several.check("4") == several.check("four") == 1 and several.check("5") == 0
     assert [example.answer for example in none] == ["", "", ""] and zero.answer == "0"
+
+
+@pytest.mark.parametrize(
+    "record,words",
+    [
+        ({"prompt": "p", "category": ["x"]}, "line 1: category must be a text"),
+        ({"prompt": "p", "answer": {"x": 1}}, 'line 1: answer must be a text.*not {"x": 1}'),
+        ({"prompt": "p", "answer": [["x"]]}, "line 1: answer must be"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(record, words, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(record))
+    with pytest.raises(BadPrompt, match=words):
+        examples(str(file), 1)
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):

@@ -20,6 +20,7 @@ from tokenry.errors import CacheMisuse
 from tokenry.generation.engine import Decoder, Options, Session
 from tokenry.generation.result import NO_SOURCE, GenerationResult, Source
 from tokenry.generation.session import keeps_logits
+from tokenry.methods import Combination, Method
 from tokenry.models import compat
 
 _PLACE = "several sequences"
@@ -130,6 +131,12 @@ class SeveralDecoder(Decoder, ABC):
         assert isinstance(result, GenerationResult)
         place.spread(result)
         return result if generation_config.return_dict_in_generate else cast(Tensor, result.sequences)
+
+
+def writes_several(method: Method | Combination) -> bool:
+    """Whether a method, or the decoder of a combination, writes several sequences behind each prompt."""
+    decoder = method.decoder if isinstance(method, Combination) else method
+    return isinstance(decoder, SeveralDecoder) and not decoder.single
 
 
 def read(session: Session, valid: Tensor | None = None, **inputs: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from rich.text import Text
 
 from tokenry.errors import BadPrompt, ResourceError
 from tokenry.methods import method as read_method
-from tokenry.workloads import Example, examples, held_out_files
+from tokenry.workloads import examples, held_out_files
 
 from .environment import describe_model, machine, versions
 from .metrics import bits_per_byte, compressed_bits_per_byte
-from .running import Runner, Setting, Variant
+from .running import Runner, Setting, Task, Variant
 
 RECALL_TOKENS = 1500
 """Tokens of context at which recall is measured."""
@@ -96,21 +96,27 @@ def bench_model(
                 f"the draft has {its} tokens in its vocabulary and the model {mine}; "
                 "give a draft with the model's tokenizer, or none"
             )
+    runner = Runner(model, tokenizer)
+
+    def prepared(name: str, new: int | None, **options: Any) -> Task:
+        group = examples(name, count, seed=seed, **options)
+        return runner.prepare(name, group, max_new_tokens=new, batch_size=batch_size)
+
+    # Characters are what the workload counts; tokens are what the figure is named after.
+    sample = examples("recall", 1, seed=seed)[0].prompt
+    length = int(RECALL_TOKENS * len(sample) / len(tokenizer(sample)["input_ids"]))
+    # A context that is too short is found before anything is measured.
+    tasks = [prepared("recall", 12, length=length), prepared("arithmetic", None), prepared("edit", None)]
     texts = held_out_texts(text_bytes)
     bits = {"model": bits_per_byte(model, tokenizer, texts)}
     if draft is not None:
         bits["draft"] = bits_per_byte(draft, tokenizer, texts)
     bits |= compressed_bits_per_byte(texts)
-    # Characters are what the workload counts; tokens are what the figure is named after.
-    sample = examples("recall", 1, seed=seed)[0].prompt
-    length = int(RECALL_TOKENS * len(sample) / len(tokenizer(sample)["input_ids"]))
-    recall = examples("recall", count, seed=seed, length=length)
-    scores = _scores(model, tokenizer, "recall", recall, 12, batch_size)
-    depths: dict[str, list[float]] = {"all": scores}
-    for example, score in zip(recall, scores, strict=True):
+    recall, arithmetic, edit = (_scores(runner, tokenizer, task) for task in tasks)
+    depths: dict[str, list[float]] = {"all": recall}
+    asked = (example for batch in tasks[0].batches for example in batch.examples)
+    for example, score in zip(asked, recall, strict=True):
         depths.setdefault(str(example.meta["depth"]), []).append(score)
-    arithmetic = _scores(model, tokenizer, "arithmetic", examples("arithmetic", count, seed=seed), None, batch_size)
-    edit = _scores(model, tokenizer, "edit", examples("edit", count, seed=seed), None, batch_size)
     return ModelFigures(
         model=describe_model(model),
         text_bytes=sum(len(text.encode()) for text in texts),
@@ -136,12 +142,8 @@ def held_out_texts(text_bytes: int) -> list[str]:
     return texts[::every]
 
 
-def _scores(
-    model: Any, tokenizer: Any, name: str, group: list[Example], new: int | None, batch_size: int
-) -> list[float]:
+def _scores(runner: Runner, tokenizer: Any, task: Task) -> list[float]:
     """Score greedy outputs of transformers' plain `generate`."""
-    runner = Runner(model, tokenizer)
-    task = runner.prepare(name, group, max_new_tokens=new, batch_size=batch_size)
     plain = Variant(read_method("transformers"), Setting())
     scores = []
     for batch in task.batches:

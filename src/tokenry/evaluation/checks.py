@@ -82,26 +82,43 @@ def lossless_check(comparison: Comparison) -> list[Check]:
     ]
 
 
-def not_slower_checks(comparison: Comparison, labels: Iterable[str]) -> list[Check]:
-    """For each method whether it is not slower than plain on any task: its upper quartile reaches 1 on each."""
-    found = []
+def not_slower_checks(comparison: Comparison, labels: Iterable[str], than: str | None = None) -> list[Check]:
+    """For each method whether it is not slower than another on any task: the upper quartile of the ratio of both speeds
+    in the same pairs reaches 1 on each.
+
+    Args:
+        comparison: What was measured.
+        labels: The methods.
+        than: Label of the other; None: transformers' plain generate, which all speeds are ratios to.
+    """
+    found, reference = [], "transformers' generate"
+    others = {row.workload: row for row in comparison.rows if row.label == than}
     for label in labels:
-        rows = [row for row in comparison.rows if row.label == label]
-        if not rows:
+        rows = [row for row in comparison.rows if row.label == label and (than is None or row.workload in others)]
+        if not rows or label == than:
             continue
-        ratio = Spread.of(pair for row in rows for pair in row.pairs)
-        passed = all(row.speed.upper >= 1 for row in rows)
+        ratios = {row.workload: row.pairs for row in rows}
+        if than is not None:
+            ratios = {
+                task: tuple(mine / its for mine, its in zip(pairs, others[task].pairs, strict=True))
+                for task, pairs in ratios.items()
+            }
+        spreads = {task: Spread.of(pairs) for task, pairs in ratios.items()}
+        measured = {label: Spread.of(pair for row in rows for pair in row.pairs).median}
+        if than is not None:
+            measured[than] = Spread.of(pair for task in ratios for pair in others[task].pairs).median
+        passed = all(spread.upper >= 1 for spread in spreads.values())
         found.append(
             Check(
-                name=f"not-slower:{label}",
-                statement=f"{label} is not slower than plain on any task",
+                name=f"not-slower:{label}" + ("" if than is None else f":{than}"),
+                statement=f"{label} is not slower than {than or reference} on any task",
                 batch_size=_batch_size(comparison),
                 unit="speed",
-                measured={label: ratio.median},
-                ratio=ratio,
-                by_task={row.workload: row.speed.median for row in rows},
+                measured=measured,
+                ratio=Spread.of(pair for pairs in ratios.values() for pair in pairs),
+                by_task={task: spread.median for task, spread in spreads.items()},
                 passed=passed,
-                clear=all(row.speed.lower >= 1 for row in rows) if passed else True,
+                clear=all(spread.lower >= 1 for spread in spreads.values()) if passed else True,
             )
         )
     return found

@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenry.catalogue import BY_SLUG, CACHE, EXACTNESS, TRAINING, TRAITS, WAYS, Traits
-from tokenry.errors import TokenryError
+from tokenry.errors import TokenryError, UnsupportedModel
 from tokenry.methods import Combination, Method, load_class, parameters, rows
 from tokenry.methods import method as read_method
 
-from .comparison import compare, samples
+from .comparison import REFERENCE, compare, samples
 from .metrics import PAIRS, Spread
 from .peers import Peer
 from .results import SCHEMA_VERSION, Comparison, Row, finite, printed
@@ -36,6 +36,8 @@ GOALS: Mapping[str, str] = {
 }
 
 PLAIN = "plain"
+# What a choice is measured against: the first that ran.
+_BASES = (PLAIN, f"{PLAIN} (sampled)", REFERENCE, f"{REFERENCE} (sampled)")
 _FAMILIES = ("generation", "decoding", "speculation", "kvcache", "external", "peers")
 _SECOND = ("draft", "small")  # parameters of methods that name a second model
 _SURE = 2.0  # standard errors by which a better quality must show
@@ -261,7 +263,8 @@ def choose(
     A method can be recommended if it can run with the model, if lossless ones were lossless here, and if the answers of
     others were no worse than plain's by more than `loss`; where no prompt has an answer, those others can't be judged,
     and are measured only. Of speed the median over the pairs of all tasks decides, and plain remains unless the best
-    one's lower quartile is above 1 and plain's median; a better quality must be by two standard errors.
+    one's lower quartile is above 1 and plain's median; a better quality must be by two standard errors. Where Tokenry's
+    own loop does not serve the model, transformers' plain `generate` stands in plain's place.
 
     Args:
         model: A causal model.
@@ -279,6 +282,7 @@ def choose(
     Raises:
         BadParameter: The goal, the loss or the budget is out of range.
         BadPrompt, PromptTooLong, MethodNotFound: As `compare` does.
+        UnsupportedModel: Not even transformers' plain `generate` can be measured on the model.
     """
     allowed = allowed or Allowed()
     Chooser(goal=goal, loss=loss, budget=budget)
@@ -299,8 +303,8 @@ def choose(
             each = read_method(form) if form in asked else _ready(form, draft, budget)
             own = Setting(True, temperature) if samples(each) else setting
             runner.run(Variant(each, own), task.batches[0], min(4, task.max_new_tokens), seed)
-        except (TokenryError, ValueError) as error:
-            # Another library refuses by a ValueError; one of ours is a fault.
+        except Exception as error:
+            # Another library may refuse by failing midway; of ours, only what it says itself is no fault.
             if not isinstance(error, TokenryError) and not isinstance(read_method(form), Peer):
                 raise
             # Results are shared; whose machine they come from is nobody's business.
@@ -308,6 +312,9 @@ def choose(
         else:
             chosen.setdefault(each, form)
             out.pop(form, None)
+    if read_method(REFERENCE) not in chosen:
+        said = "; ".join(f"{form}: {out[form]}" for form in (PLAIN, REFERENCE) if form in out)
+        raise UnsupportedModel(f"nothing can be measured on {type(model).__name__} ({said}); take another model")
     found = compare(
         model, tokenizer, groups, list(chosen), max_new_tokens=max_new_tokens, repeats=repeats,
         batch_size=allowed.batch_size, seed=seed, sample=True if allowed.sampled else None, temperature=temperature,
@@ -352,7 +359,7 @@ def _standings(found: Comparison, forms: Mapping[str, str], answers: Mapping[str
         method = group[0].method
         traits = traits_of(forms.get(method, method))
         score, count = scores[label]
-        plain = scores.get(PLAIN, scores.get(f"{PLAIN} (sampled)", (None, 0)))[0]
+        plain = next((scores[name][0] for name in _BASES if name in scores), None)
         standings.append(
             Standing(
                 label=label,
@@ -398,15 +405,19 @@ def _choice(
     if not standings:
         raise KeyboardInterrupt  # before anything was measured
     order = sorted(standings, key=lambda each: (each.against is not None, _rank(each, goal)))
-    base = next(each for each in standings if each.label in (PLAIN, f"{PLAIN} (sampled)"))
+    labels = {each.label: each for each in standings}
+    base = next(labels[name] for name in _BASES if name in labels)
     # transformers' own generate, and plain under another setting, are no other way.
     rivals = [each for each in order if each.against is None and each.way != "one-by-one"]
     best = rivals[0] if rivals else None
     chosen = best if best is not None and _ahead(best, base, goal) else base
+    reason = _reason(chosen, base, found, goal) if chosen is not base else _refusal(best, base, goal)
+    if PLAIN in out:
+        reason += f"; plain itself cannot run: {out[PLAIN]}"
     return Choice(
         recommended=chosen.label,
         method=chosen.method,
-        reason=_reason(chosen, base, found, goal) if chosen is not base else _refusal(best, base, goal),
+        reason=reason,
         goal=goal,
         allowed=allowed,
         standings=tuple(order),

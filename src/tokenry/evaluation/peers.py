@@ -169,11 +169,15 @@ def _count_steps(stats: Stats, seen: list[tuple[int, int]], prompt: int, end: in
 
 
 def _nbytes(cache: Any, longest: int) -> tuple[int, int]:
-    """Bytes of a dynamic cache as it is, and as it was when it held `longest` tokens."""
-    length = cache.get_seq_length() if cache is not None else 0
+    """Bytes of keys and values in a cache as it is, and as it was when it held `longest` tokens; none of states of
+    another kind."""
     layers = getattr(cache, "layers", None) or []
-    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    held = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    parts = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    if not tensors:
+        return 0, 0
+    length = cache.get_seq_length()
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return held, round(held * max(longest, length) / length) if length else 0
 
 

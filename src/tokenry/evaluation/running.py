@@ -162,16 +162,15 @@ def collect(
 
     Raises:
         BadPrompt: There are no prompts, one is empty or not text, or a file is missing or malformed.
-        BadParameter: A workload is not known.
+        BadParameter: A workload is not known, or has the name of the prompts.
     """
     found: dict[str, list[Example]] = {}
     if prompts is not None:
         found |= _of_user(prompts)
     for name in workloads or ():
         options = dict(workloads[name]) if isinstance(workloads, Mapping) else {}
-        found[Path(name).stem if name.endswith((".json", ".jsonl")) else name] = examples(
-            name, limit, seed=seed, **options
-        )
+        task = Path(name).stem if name.endswith((".json", ".jsonl")) else name
+        join(found, {task: examples(name, limit, seed=seed, **options)})
     if not any(found.values()):
         raise BadPrompt("there are no prompts: give at least one text or name a workload")
     for name, group in found.items():
@@ -180,6 +179,17 @@ def collect(
                 raise BadPrompt(f"{name}: prompt {number} is empty; give it at least one character")
             check_unicode(example.prompt)
     return {name: group for name, group in found.items() if group}
+
+
+def join(found: dict[str, list[Example]], more: Mapping[str, list[Example]]) -> None:
+    """Add tasks to those that were found.
+
+    Raises:
+        BadParameter: Two have one name.
+    """
+    if twice := [name for name in more if name in found]:
+        raise BadParameter(f"there are two tasks named {twice[0]!r}: give the prompts another name, or leave out one")
+    found |= more
 
 
 def _of_user(prompts: Prompts) -> dict[str, list[Example]]:

@@ -23,7 +23,7 @@ from .comparison import compare
 from .metrics import PAIRS
 from .peers import Peer
 from .results import SCHEMA_VERSION, Comparison, finite, printed
-from .running import Prompts, Runner, Setting, Variant, collect
+from .running import Prompts, Runner, Setting, Variant, collect, join
 
 PEERS = (
     "transformers",
@@ -205,7 +205,12 @@ def bench_speculation(
         chosen, skipped = _available(runner, next(iter(tasks.values())), max_new_tokens, tail, setting, draft)
     else:
         chosen = [read_method(each) for each in methods]
-    sized = [Variant(each, setting).label for each in chosen if _chooses_size(each)]
+    labels = {Variant(each, setting).label: each for each in chosen}
+    sized = [label for label, each in labels.items() if _chooses_size(each)]
+    free = [label for label, each in labels.items() if label in sized and not _needs_model(each)]
+    # In its own size prompt lookup is held against transformers' own, which has the same.
+    free += [label for label, each in labels.items() if str(each) == "prompt-lookup"]
+    lookup, plain = (Variant(read_method(text), setting).label for text in ("transformers-prompt-lookup", "plain"))
     runs: list[Comparison] = []
     checks: list[Check] = []
     for size in batch_sizes:
@@ -219,6 +224,7 @@ def bench_speculation(
         )  # fmt: skip
         runs.append(run)
         checks += lossless_check(run) + ordering_checks(run, _orderings(draft)) + not_slower_checks(run, sized)
+        checks += not_slower_checks(run, [plain] if plain in labels else []) + not_slower_checks(run, free, lookup)
         if run.partial:
             break
     return SpeculationBench(
@@ -245,9 +251,9 @@ def _tasks(
             tasks: dict[str, list[Example]] = {}
             for example in group:
                 tasks.setdefault(_task(example, name), []).append(example)
-            found |= {task: _evenly(examples, per_task) for task, examples in tasks.items()}
+            join(found, {task: _evenly(examples, per_task) for task, examples in tasks.items()})
     if workloads:
-        found |= collect(None, workloads, limit=per_task or _LIMIT, seed=seed)
+        join(found, collect(None, workloads, limit=per_task or _LIMIT, seed=seed))
     return found
 
 
@@ -323,6 +329,11 @@ def automatic(method: Method) -> Method | None:
 
 def _chooses_size(method: Method | Combination) -> bool:
     return any(getattr(method, name, None) == "auto" for name in _SIZES)
+
+
+def _needs_model(method: Method | Combination) -> bool:
+    """Whether it drafts with a second model or with weights of its own."""
+    return isinstance(method, Combination) or bool({"draft", "weights", "adapter"} & set(type(method).resources))
 
 
 def _with_draft(method: Method | Combination, draft: str | None) -> Method | Combination:

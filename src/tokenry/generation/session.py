@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
-from tokenry.errors import BadParameter, CacheMisuse
+from tokenry.errors import BadParameter, BadPrompt, CacheMisuse
 from tokenry.generation.auxiliary import Auxiliary, listening
 from tokenry.generation.result import NO_SOURCE, GenerationResult, Source, Stats, stacked
 from tokenry.models import TokenCache
@@ -354,6 +354,8 @@ class Session:
             # The ids are the whole sequence; otherwise they are only what the cache does not hold.
             ids = ids[:, past:]
         width = ids.shape[1]
+        if self.prompt_length == 0:
+            raise BadPrompt("the prompt is empty; give at least one token")
         if width == 0:
             raise CacheMisuse("past_key_values holds the whole prompt already: drop its last token with cache.crop(-1)")
         valid = None if mask is None else mask[:, self._covered - width : self._covered].bool()

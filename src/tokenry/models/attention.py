@@ -205,9 +205,16 @@ def _before(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     given: Cache | None = kwargs.get("past_key_values")
     active = _policy.get()
-    if active is not None and not isinstance(given, TokenCache):
+    if active is not None:
         model = active.model()
-        if model is not None and module in (model, model.base_model):
+        if isinstance(given, TokenCache):
+            other = given.policy is not None and given.policy != active.policy
+            if other and not given.beside and model is not None and module in (model, model.base_model):
+                raise CacheMisuse(
+                    f"past_key_values keeps another policy than the block of {active.policy} it came into: leave the "
+                    "block"
+                )
+        elif model is not None and module in (model, model.base_model):
             given = _budgeted(active, model, given, kwargs.get("use_cache"))
             kwargs = {**kwargs, "past_key_values": given}
     if isinstance(given, TokenCache) and current() is not given:

@@ -853,6 +853,8 @@ class TokenCache(Cache):
         self.peak_nbytes = 0
         """Most bytes that were held there at any time, within a forward too."""
         self.on_release: Callable[[], None] | None = None
+        # Whether it stands beside a call's own cache, so that a block's policy leaves it alone.
+        self.beside = False
         self._seen: Tensor | None = None
         # Tokens of each row's prompt, which ends with the first forward of a single token or of a draft.
         self._prompt: Tensor | None = None

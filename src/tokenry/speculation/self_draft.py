@@ -199,6 +199,7 @@ class SelfDraft(Drafter):
 def _kept(model: PreTrainedModel, policy: Any) -> Iterator[TokenCache]:
     """A cache of the policy; the model is switched no longer than the block, though a traceback may hold the cache."""
     cache: TokenCache = policy.cache(model)
+    cache.beside = True
     try:
         yield cache
     finally:

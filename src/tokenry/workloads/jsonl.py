@@ -65,8 +65,11 @@ def _example(line: str, where: str) -> Example:
     prompt = turns[0] if isinstance(turns, list) and turns else next((record[k] for k in _FIELDS if k in record), None)
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadPrompt(f"{where} has no prompt: give one of {', '.join(_FIELDS)} or turns as a text that is not empty")
-    answers = _answers(record.get("answer", record.get("reference")))
+    answers = _answers(record.get("answer", record.get("reference")), where)
     meta = {k: record[k] for k in ("category", "question_id") if k in record}
+    for key, value in meta.items():
+        if not isinstance(value, str | int):
+            raise BadPrompt(f"{where}: {key} must be a text or a number, not a JSON {type(value).__name__}")
     if not _is_unicode(json.dumps([prompt, answers, meta], ensure_ascii=False)):
         raise BadPrompt(f"{where} holds half of a character (a lone surrogate such as \\ud83d): write the whole one")
     if not answers:
@@ -85,7 +88,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _answers(given: object) -> list[str]:
+def _answers(given: object, where: str) -> list[str]:
     found = given if isinstance(given, list) else [given]
     texts = [str(each) for each in found if isinstance(each, str | int | float) and not isinstance(each, bool)]
+    if any(isinstance(each, dict | list) for each in found):
+        raise BadPrompt(f"{where}: answer must be a text, a number or a list of them, not {json.dumps(given)[:60]}")
     return [text for text in texts if text]

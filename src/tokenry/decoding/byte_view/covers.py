@@ -100,6 +100,16 @@ class Row:
         """Prefixes that the model was not asked about, shorter ones first."""
         return sorted((c.prefix for c in self.covers if c.prefix.scores is None), key=lambda p: len(p.tokens))
 
+    def mark(self) -> Callable[[], None]:
+        """What takes back all bytes that come in from here on, until tokens are settled."""
+        length, covers, lost, stray = len(self.text), self.covers, self.lost, self._stray
+
+        def take_back() -> None:
+            del self.text[length:]
+            self.covers, self.lost, self._stray = covers, lost, stray
+
+        return take_back
+
     def append(self, byte: int) -> None:
         """Narrow the covers to those of the text with one more byte.
 

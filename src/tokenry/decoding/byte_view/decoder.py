@@ -74,7 +74,9 @@ class ExactByteProbabilities(Decoder):
 
     def start(self, session: Session) -> _State:
         session.stats.extra.update(bytes=0, healed=[])
-        return _State(ByteVocabulary.of(_tokenizer(session)))
+        vocabulary = ByteVocabulary.of(_tokenizer(session))
+        vocabulary.check_canonical()
+        return _State(vocabulary)
 
     def step(self, session: Session, state: _State) -> Commit:
         if state.covers is None:

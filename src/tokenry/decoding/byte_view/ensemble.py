@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenry.decoding.byte_view.covers import Paths
-from tokenry.decoding.byte_view.view import ByteState, ByteView
+from tokenry.decoding.byte_view.view import ByteState, ByteView, as_bytes, together
 from tokenry.errors import BadParameter, BadPrompt
 from tokenry.models import attached
 from tokenry.sampling import Noise
@@ -98,8 +98,7 @@ class ByteEnsemble:
 
     def log_prob(self, text: str | bytes, after: str | bytes = b"") -> float:
         """Log-probability in nats that a text follows another."""
-        data = text.encode() if isinstance(text, str) else text
-        return float(self.start(after).read(data).sum())
+        return float(self.start(after).read(as_bytes(text)).sum())
 
     def bits_per_byte(self, text: str | bytes, after: str | bytes = b"") -> float:
         """Bits per byte of a text that follows another.
@@ -107,7 +106,7 @@ class ByteEnsemble:
         Raises:
             BadPrompt: The text is empty.
         """
-        data = text.encode() if isinstance(text, str) else text
+        data = as_bytes(text)
         if not data:
             raise BadPrompt("the text is empty; bits per byte need at least one byte")
         return -self.log_prob(data, after) / len(data) / math.log(2)
@@ -135,9 +134,8 @@ class EnsembleState:
         return torch.stack(weighted).logsumexp(0)
 
     def append(self, byte: int) -> None:
-        """Add a byte to the text of every model."""
-        for state in self.states:
-            state.append(byte)
+        """Add a byte to the text of every model; where one of them refuses it (see `ByteState.append`), to none."""
+        together(self.states, functools.partial(ByteState.offer, byte=byte))
 
     def read(self, data: bytes) -> Tensor:
         """Add bytes and return the log-probability of each, `[bytes]`."""
@@ -145,7 +143,13 @@ class EnsembleState:
 
     def read_members(self, data: bytes) -> tuple[Tensor, list[Tensor]]:
         """Add bytes and return the log-probability of each, `[bytes]`, under the ensemble and under each member."""
-        parts = [state.read(data, functools.partial(_closed, state)) for state in self.states]
+        data, most = as_bytes(data), min(state.most for state in self.states)
+        found = [[state.read(b"")] for state in self.states]
+        for begin in range(0, len(data), most):
+            new = together(self.states, functools.partial(_read, data=data[begin : begin + most]))
+            for own, logs in zip(found, new, strict=True):
+                own.append(logs)
+        parts = [torch.cat(own) for own in found]
         # The mean at every byte is over what the models give it there, whatever they gave the bytes before.
         return self._mixed(parts), parts
 
@@ -156,7 +160,7 @@ class EnsembleState:
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[bytes | str] = (),
+        stop: Sequence[bytes | str] | bytes | str = (),
         stream: Callable[[bytes], Any] | None = None,
     ) -> ByteResult:
         """Choose byte after byte.
@@ -166,7 +170,7 @@ class EnsembleState:
             temperature: Exponent `1 / temperature` on the bytes' probabilities; 0 takes the likeliest.
             top_p: The likeliest outcomes that together have this probability stay.
             seed: Sampling depends on it alone; None: torch's global generator.
-            stop: Texts that end the generation once they were generated, themselves included.
+            stop: A text or texts that end the generation once they were generated, themselves included.
             stream: Called with each byte.
 
         Raises:
@@ -178,7 +182,7 @@ class EnsembleState:
             raise BadParameter(f"temperature={temperature} is not allowed; it must be at least 0")
         if not 0 < top_p <= 1:
             raise BadParameter(f"top_p={top_p} is not allowed; it must be above 0 and at most 1")
-        stops = tuple(mark.encode() if isinstance(mark, str) else bytes(mark) for mark in stop)
+        stops = _marks(stop)
         begin = time.perf_counter()
         before = [(state.forwards, len(state.text)) for state in self.states]
         data = bytearray()
@@ -212,6 +216,13 @@ class EnsembleState:
         )
 
 
+def _marks(stop: Sequence[bytes | str] | bytes | str) -> tuple[bytes, ...]:
+    marks = [stop] if isinstance(stop, str | bytes | bytearray) else list(stop)
+    if not all(isinstance(mark, str | bytes | bytearray) and mark for mark in marks):
+        raise BadParameter(f"stop={stop!r} is not allowed; give a text, or texts that are not empty, as str or bytes")
+    return tuple(as_bytes(mark) for mark in marks)
+
+
 def choose(logs: Tensor, temperature: float, top_p: float, noise: Noise | None, position: int) -> int:
     """An outcome of log-probabilities `[outcomes]`."""
     if temperature == 0:
@@ -225,6 +236,10 @@ def choose(logs: Tensor, temperature: float, top_p: float, noise: Noise | None, 
     if noise is None:
         return int(torch.multinomial(probs, 1))
     return int(noise.sample(probs[None], [0], [position], [0]))
+
+
+def _read(state: ByteState, data: bytes) -> Tensor:
+    return state.offer_text(data, functools.partial(_closed, state))
 
 
 def _closed(state: ByteState, logs: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +12,14 @@ from transformers import PreTrainedModel
 
 from tokenry.decoding.byte_view.covers import Covers, Paths, Row
 from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
+from tokenry.generation.full import check_unicode
 from tokenry.models import TokenCache, attached, context_length
 from tokenry.vocabulary import ByteVocabulary
 
 if TYPE_CHECKING:
     from tokenry.decoding.byte_view.ensemble import ByteResult
+
+T = TypeVar("T")
 
 # Texts are read so many bytes at a time: one forward each.
 _CHUNK = 64
@@ -72,6 +76,8 @@ class ByteView:
         self.paths: Paths = paths if canonical else "all"
         self.prune = prune
         self.vocabulary = ByteVocabulary.of(tokenizer)
+        if self.paths != "all":
+            self.vocabulary.check_canonical()
 
     @property
     def ends(self) -> list[int]:
@@ -94,14 +100,30 @@ class ByteView:
             BadPrompt: The text cannot be spelled, or nothing stands before it.
             PromptTooLong: Context and text exceed the model's context.
         """
-        data = text.encode() if isinstance(text, str) else bytes(text)
+        data = as_bytes(text)
         begins = context is None
-        ids = self.begin if context is None else list(context)
-        if not ids:
-            raise BadPrompt("context is empty; give at least one id, such as the beginning-of-text token")
+        ids = self.begin if context is None else self._checked(context)
         if begins:
             data = self.vocabulary.lead + data
         return ByteState(self, ids, data)
+
+    def _checked(self, context: Sequence[int]) -> list[int]:
+        """Ids of a caller as a list.
+
+        Raises:
+            BadPrompt: There are none, or they are no ids of the tokenizer and the model.
+        """
+        given: Any = context.tolist() if hasattr(context, "tolist") else context
+        embeddings: Any = self.model.get_input_embeddings()
+        count = min(len(self.vocabulary.bytes_of), embeddings.weight.shape[0])
+        ids = [] if isinstance(given, str | bytes | int) else [i.item() if hasattr(i, "item") else i for i in given]
+        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in ids):
+            shown = repr(given) if len(repr(given)) <= 60 else repr(given)[:60] + "..."
+            raise BadPrompt(
+                f"context={shown} is not allowed; give at least one id, each from 0 to {count - 1}, such as the "
+                "beginning-of-text token; what is text goes into `text`"
+            )
+        return ids
 
     def infill(self, prefix: str | bytes, suffix: str | bytes, marks: tuple[int, int, int] | None = None) -> ByteState:
         """The state in front of what belongs between two texts, for models trained to fill in the middle.
@@ -133,8 +155,8 @@ class ByteView:
         self, prefix: str | bytes, suffix: str | bytes, marks: tuple[int, int, int] | None
     ) -> tuple[list[int], bytes]:
         """The ids before a hole, and the bytes of the prefix that are spelled anew behind them."""
-        before, after = (part.encode() if isinstance(part, str) else bytes(part) for part in (prefix, suffix))
-        first, second, third = self.marks if marks is None else marks
+        before, after = as_bytes(prefix), as_bytes(suffix)
+        first, second, third = self.marks if marks is None else self._checked(marks)
         whole = _whole_characters(before)
         ids = self.vocabulary.encode(before[:whole])
         count = self.vocabulary.settled([first, *ids])[0] - 1
@@ -174,7 +196,7 @@ class ByteView:
     def log_prob(self, text: str | bytes, after: str | bytes = b"", context: Sequence[int] | None = None) -> float:
         """Log-probability in nats that a text follows another."""
         state = self.start(after, context)
-        return float(state.read(text.encode() if isinstance(text, str) else text).sum())
+        return float(state.read(as_bytes(text)).sum())
 
     def bits_per_byte(self, text: str | bytes, after: str | bytes = b"", context: Sequence[int] | None = None) -> float:
         """Bits per byte of a text that follows another.
@@ -182,7 +204,7 @@ class ByteView:
         Raises:
             BadPrompt: The text is empty.
         """
-        count = len(text.encode() if isinstance(text, str) else text)
+        count = len(as_bytes(text))
         if not count:
             raise BadPrompt("the text is empty; bits per byte need at least one byte")
         return -self.log_prob(text, after, context) / count / float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
@@ -221,11 +243,13 @@ class ByteState:
         self._covers = Covers(view.model, vocabulary, [row], cache, prune=view.prune)
         self._covers.asked = 1
         self._row = row
+        self._offered = b""
+        self._take_back = row.mark()
         self._covers.give(0, row.covers[0].prefix, logits)
+        self._counted = 0
         self._advance(rest, None)
         self.text = bytearray(data)
-        self._asked_before = self._covers.asked
-        self._counted = 0
+        self._asked_before, self._counted = self._covers.asked, 0
 
     @property
     def forwards(self) -> int:
@@ -275,14 +299,30 @@ class ByteState:
         """Add a byte.
 
         Raises:
-            BadPrompt: The model gives it no probability.
+            BadParameter: It is no byte.
+            BadPrompt: The model gives it no probability, or nothing spells it; the state stays as it was.
         """
+        together([self], functools.partial(ByteState.offer, byte=byte))
+
+    def offer(self, byte: int) -> None:
+        """Add a byte that `take_back` can still take away, until `settle` is called. Raises as `append` does."""
+        self._take_back = self._row.mark()
+        self._offered = bytes([check_byte(byte)])
         self._ask()
         self._covers.append(0, byte)
+
+    def take_back(self) -> None:
+        """Take away what was offered and not settled."""
+        self._take_back()
+        self._offered = b""
+
+    def settle(self) -> None:
+        """Keep what was offered."""
         self._row.settle()
         self._covers.close()
-        self.text.append(byte)
-        self._counted += 1
+        self.text += self._offered
+        self._counted += len(self._offered)
+        self._offered = b""
 
     def generate(self, **options: Any) -> ByteResult:
         """Continue the text; options are those of `EnsembleState.generate`."""
@@ -298,24 +338,30 @@ class ByteState:
             change: Applied to the log-probabilities `[bytes, 256 + symbols]` before those of the bytes are taken.
 
         Raises:
-            BadPrompt: A byte has no probability, or cannot be spelled.
+            BadPrompt: A byte has no probability, or cannot be spelled. `text` tells how far the state has read, a
+                whole number of forwards.
         """
-        found = self._advance(data, change or _same)
-        self.text += data
-        self._counted += len(data)
-        return found
+        return self._advance(as_bytes(data), change or _same)
 
     def _advance(self, data: bytes, measure: Callable[[Tensor], Tensor] | None) -> Tensor:
         found = [torch.zeros(0, dtype=self._covers.dtype, device=self.view.model.device)]
-        # Pruning looks at probabilities after every byte, and so needs them.
-        size = 1 if self.view.prune or self.view.paths == "all" else _CHUNK
-        for begin in range(0, len(data), size):
-            found.append(self._chunk(data[begin : begin + size], measure))
+        for begin in range(0, len(data), self.most):
+            part = data[begin : begin + self.most]
+            found += together([self], functools.partial(ByteState.offer_text, data=part, measure=measure))
         return torch.cat(found)
 
-    def _chunk(self, data: bytes, measure: Callable[[Tensor], Tensor] | None) -> Tensor:
+    @property
+    def most(self) -> int:
+        """Bytes of a text that one forward reads."""
+        # Pruning looks at probabilities after every byte, and so needs them.
+        return 1 if self.view.prune or self.view.paths == "all" else _CHUNK
+
+    def offer_text(self, data: bytes, measure: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Add up to `most` bytes as `offer` adds one, and return what `read` does."""
         row, covers = self._row, self._covers
         start = len(row.text)
+        self._take_back = row.mark()
+        self._offered = data
         born, passed = row.feed(data)
         self._check_room()
         if born:
@@ -326,8 +372,6 @@ class ByteState:
             logs = measure(torch.stack([covers.outcome(0, own, start + i) for i, own in enumerate(passed)]))
             found = logs.gather(1, torch.tensor(list(data), device=logs.device)[:, None])[:, 0]
         covers.drop(0)
-        row.settle()
-        covers.close()
         return found
 
     def _check_room(self) -> None:
@@ -342,6 +386,47 @@ class ByteState:
         if self._row.unasked():
             with attached(self.view.model):
                 self._covers.ask()
+
+
+def together(states: Sequence[ByteState], step: Callable[[ByteState], T]) -> list[T]:
+    """Take a step that offers something in every state, or, where one of them refuses it, in none."""
+    begun, found = [], []
+    try:
+        for state in states:
+            begun.append(state)
+            found.append(step(state))
+    except BaseException:
+        for state in begun:
+            state.take_back()
+        raise
+    for state in states:
+        state.settle()
+    return found
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    """A text as bytes.
+
+    Raises:
+        BadPrompt: It is neither, or no whole Unicode.
+    """
+    if isinstance(text, str):
+        check_unicode(text)
+        return text.encode()
+    if not isinstance(text, bytes | bytearray | memoryview):
+        raise BadPrompt(f"{text!r} is neither str nor bytes; give a text, or its bytes")
+    return bytes(text)
+
+
+def check_byte(byte: int) -> int:
+    """The byte.
+
+    Raises:
+        BadParameter: It is none.
+    """
+    if not isinstance(byte, int) or isinstance(byte, bool) or not 0 <= byte < 256:
+        raise BadParameter(f"byte={byte!r} is not allowed; it must be an integer from 0 to 255; `read` takes texts")
+    return byte
 
 
 def _same(logs: Tensor) -> Tensor:

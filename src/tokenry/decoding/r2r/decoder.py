@@ -224,7 +224,7 @@ class R2R(Decoder):
 
     def _load(self, model: PreTrainedModel, small: PreTrainedModel, given: Any) -> Router:
         place = given or self.router or trained_folder("router", loaded_name(model))
-        return Router.load(place, small)
+        return Router.load(place, small, model)
 
     def _chances(self, session: Session, state: _State, logits: Tensor, tokens: Tensor) -> Tensor:
         if state.chances is None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter, ResourceError
+from tokenry.models.fingerprint import describe, is_described
 
 WEIGHTS, ABOUT = "router.safetensors", "router.json"
-_SCHEMA = 1
+_SCHEMA = 2
 _QUANTILES = 200
 
 
@@ -102,23 +101,23 @@ class Router(nn.Module):
         # The largest score that was seen is a share of nothing.
         return float(found) if share > 0 else float("inf")
 
-    def save(self, folder: str | Path, small: PreTrainedModel, **about: Any) -> None:
-        """Write `router.safetensors` and `router.json`, which remembers the small model and what is given."""
+    def save(self, folder: str | Path, small: PreTrainedModel, large: PreTrainedModel, **about: Any) -> None:
+        """Write `router.safetensors` and `router.json`, which remembers both models and what is given."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: t.detach().float().cpu().contiguous() for n, t in self.state_dict().items()}, folder / WEIGHTS)
         self.note = {
             "schema_version": _SCHEMA, "kind": "r2r-router", "shape": self.shape,
-            "small": {"class": type(small).__name__, "name": str(small.name_or_path), "print": _print(small)}, **about,
+            "small": describe(small), "large": describe(large), **about,
         }  # fmt: skip
         (folder / ABOUT).write_text(json.dumps(self.note, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path, small: PreTrainedModel) -> Router:
-        """Read a router for a small model, in float32 on its device; each folder is read once.
+    def load(cls, folder: str | Path, small: PreTrainedModel, large: PreTrainedModel) -> Router:
+        """Read a router between two models, in float32 on the small one's device; each folder is read once.
 
         Raises:
-            ResourceError: There is none, or it was trained for another small model.
+            ResourceError: There is none, or it was trained for another small or large model.
         """
         place = Path(folder).expanduser()
         try:
@@ -130,16 +129,18 @@ class Router(nn.Module):
                 "r2r:rule=entropy"
             ) from error
         if note.get("kind") != "r2r-router" or note.get("schema_version") != _SCHEMA:
-            raise ResourceError(f"{str(place / ABOUT)!r} does not describe a router of this version")
-        known = note["small"]
-        # What float16 rounds, bfloat16 would have rounded otherwise, so a model in it cannot be told.
-        same = small.dtype == torch.float16 or known["print"] == _print(small)
-        if known["class"] != type(small).__name__ or not same:
             raise ResourceError(
-                f"the router in {str(place)!r} was trained for {known['class']} {known['name']!r}, and the small model "
-                f"{type(small).__name__} ({str(small.name_or_path)!r}) has other weights: train its own by "
-                "tokenry train router --small PATH"
+                f"{str(place / ABOUT)!r} does not describe a router of this version; make a new one by tokenry train "
+                "router"
             )
+        for role, model in (("small", small), ("large", large)):
+            known = note[role]
+            if not is_described(known, model):
+                raise ResourceError(
+                    f"the router in {str(place)!r} was trained for the {role} model {known['class']} "
+                    f"{known['name']!r}, and the {role} model {type(model).__name__} ({str(model.name_or_path)!r}) has "
+                    "other weights: train a router for this pair by tokenry train router --model LARGE --small SMALL"
+                )
         key = (str(place.resolve()), changed, small.device)
         with _lock:
             if key not in _loaded:
@@ -158,20 +159,6 @@ class Router(nn.Module):
 _KEPT = 4
 _loaded: dict[tuple[str, int, torch.device], Router] = {}
 _lock = threading.RLock()
-_prints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], str]] = weakref.WeakKeyDictionary()
-
-
-def _print(model: PreTrainedModel) -> str:
-    """Twelve hexadecimal digits of the input embeddings as bfloat16 rounds them, the same in wider dtypes."""
-    embeddings: Any = model.get_input_embeddings()
-    weight: Tensor = embeddings.weight.detach()
-    state = (weight.data_ptr(), weight._version)
-    with _lock:
-        known = _prints.get(model)
-        if known is None or known[0] != state:
-            rounded = weight.to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
-            known = _prints[model] = (state, hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:12])
-        return known[1]
 
 
 # --- thresholds ---------------------------------------------------------------------------------

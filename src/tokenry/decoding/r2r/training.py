@@ -96,7 +96,7 @@ class RouterTrainer(Trainable):
         topk: Logits that it reads.
         factor: Multiple of the weight that makes up for the few divergent positions.
         recall: The threshold routes this share of the divergent positions at least.
-        share: Instead, the share of all positions that the threshold routes.
+        share: Instead, the share of all held-out positions that the threshold routes.
         batch: Positions of a step.
         lr: Learning rate.
         weight_decay: Weight decay.
@@ -144,9 +144,11 @@ class RouterTrainer(Trainable):
         self.check("length", f"at most {most}", self.length <= most, why="one of the models reads no further")
         rows = token_rows(texts, tokenizer, self.prompt, seed, rows=self.rows).ids
         known = self._positions(model, small, tokenizer, rows, out / RUN / "positions.safetensors", seed)
-        clear = known[known.label >= 0]
-        held_out = clear.row >= len(rows) - max(1, len(rows) // 8)
-        learned, measured = clear[~held_out], clear[held_out]
+        clear, held_out = known.label >= 0, known.row >= len(rows) - max(1, len(rows) // 8)
+        # The router is asked at every position, at those that cannot be told too.
+        learned, asked = known[clear & ~held_out], known[held_out]
+        told = asked.label >= 0
+        measured = asked[told]
         for name, part in (("learned", learned), ("held-out", measured)):
             if not bool((part.label == 1).any()) or not bool((part.label == 0).any()):
                 raise BadParameter(
@@ -154,29 +156,30 @@ class RouterTrainer(Trainable):
                     "rows, more text, or another judge"
                 )
         router = self._fit(small, learned, out / RUN / "fit", steps, seed)
-        chances = self._chances(router, small, measured)
+        every = self._chances(router, small, asked)
+        chances = every[told]
         if self.share is None:
             threshold = threshold_for_recall(chances, measured.label, self.recall)
         else:
-            router.note = {"quantiles": {"router": quantiles(chances)}}
+            router.note = {"quantiles": {"router": quantiles(every)}}
             threshold = router.threshold_for(self.share)
-        routed, divergent = chances >= threshold, measured.label == 1
+        divergent = measured.label == 1
         report = {
             "positions": len(known),
             "mismatch": _share(known.mismatch),
-            "divergent": _share(clear.label == 1),
+            "divergent": _share(known.label[clear] == 1),
             "dropped": _share(known.label < 0),
             "auc": {
                 "router": round(auc(chances, measured.label), 4),
                 "entropy": round(auc(measured.entropy, measured.label), 4),
             },
             "threshold": threshold,
-            "recall": _share(routed[divergent]),
-            "share": _share(routed),
+            "recall": _share(chances[divergent] >= threshold),
+            "share": _share(every >= threshold),
         }
         router.save(
-            out, small, threshold=threshold, large={"class": type(model).__name__, "name": str(model.name_or_path)},
-            quantiles={"router": quantiles(chances), "entropy": quantiles(measured.entropy)}, training=report,
+            out, small, model, threshold=threshold,
+            quantiles={"router": quantiles(every), "entropy": quantiles(asked.entropy)}, training=report,
         )  # fmt: skip
         return {**report, "use": str(R2R(small=self.small, router=str(out)))}
 

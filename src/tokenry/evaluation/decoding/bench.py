@@ -13,6 +13,7 @@ from tokenry.errors import BadParameter
 from ..environment import describe_model, machine, versions
 from . import byte_view, cntp, navigation, r2r, skipdecode, superposed
 from .engine import Bench
+from .named import resolve
 from .results import SEEDS, DecodingBench, ordered
 
 PARTS: dict[str, ModuleType] = {
@@ -27,6 +28,10 @@ PARTS: dict[str, ModuleType] = {
 
 PROMISES = tuple(promise for part in PARTS.values() for promise in part.PROMISES)
 """What is promised; a comparison of which one side was not measured is left out."""
+
+
+_POOLS = {"skipdecode": skipdecode, "superposed": superposed, "bytes": byte_view}
+"""Parts whose texts are counted; each module has `largest`, the largest limit that they are enough for."""
 
 
 def chosen_parts(parts: Sequence[str] | None) -> list[str]:
@@ -44,7 +49,7 @@ def bench_decoding(
     parts: Sequence[str] | None = None,
     limit: int = 20,
     seeds: int = SEEDS,
-    small: str = "tokenry/code-draft",
+    small: str | None = None,
     tuned: str | None = None,
     tuned_early: str | None = None,
     partner: str | None = None,
@@ -54,29 +59,34 @@ def bench_decoding(
 ) -> DecodingBench:
     """Measure the decoders on the bundled tasks and check the orderings that their papers promise.
 
-    Interrupted by Ctrl-C, it returns what is measured so far, marked as partial.
+    Interrupted by Ctrl-C, it returns what is measured so far, marked as partial. What was named is loaded first; only
+    what was left to its default may be missing, and is then skipped with the reason.
 
     Args:
         model: A causal model; the tasks are those that the bundled ones were trained on.
         tokenizer: Its tokenizer.
         parts: Of `PARTS`; by default all.
-        limit: Prompts, rows, lines or contexts of each seed.
+        limit: Prompts, rows or contexts of each seed; a quarter as many lines, each of which is some twenty prompts.
         seeds: Values of each figure; below 5 no ordering should be claimed.
-        small: R2R's small model.
+        small: R2R's small model, by default `tokenry/code-draft`.
         tuned: Folder of a model that was fine-tuned for SkipDecode; by default where `tokenry train skipdecode` writes.
-        tuned_early: Folder of one that was fine-tuned for early exit.
+            The schedule is the one that its `training.json` names.
+        tuned_early: Folder of one that was fine-tuned for early exit, with as many layers at every token.
         partner: A model with another tokenizer, for the ensemble of bytes.
         batch_size: Prompts that run together.
         resources: Second models and the like that are loaded already, by name.
         progress: Say on a terminal what is measured.
 
     Raises:
-        BadParameter: A part is not known, or a number is too small.
+        BadParameter: A part is not known, a number is too small, there are too few texts for `limit` and `seeds`, or a
+            folder holds no model that was fine-tuned as it has to be.
+        ResourceError: A model that was named does not load, or does not fit.
     """
     chosen = chosen_parts(parts)
     for name, value, least in (("limit", limit, 1), ("seeds", seeds, 2), ("batch_size", batch_size, 1)):
         if value < least:
             raise BadParameter(f"{name}={value} is not allowed; it must be at least {least}")
+    named = resolve(model, tokenizer, small=small, tuned=tuned, tuned_early=tuned_early, partner=partner)
     console = Console(stderr=True)
     partial = False
     with console.status("") if progress and console.is_terminal else nullcontext() as status:
@@ -85,9 +95,13 @@ def bench_decoding(
             if status is not None:
                 status.update(what)
 
-        bench = Bench(
-            model, tokenizer, limit, seeds, small, tuned, tuned_early, partner, batch_size, say, dict(resources or {})
-        )
+        bench = Bench(model, tokenizer, limit, seeds, named, batch_size, say, dict(resources or {}))
+        for part in chosen:
+            if part in _POOLS and limit > (most := _POOLS[part].largest(bench)):
+                raise BadParameter(
+                    f"limit={limit} with seeds={seeds} is not allowed; {part} has texts for a limit of {most} with so "
+                    "many seeds: lower one of them, or leave the part out"
+                )
         try:
             for part in chosen:
                 bench.attempt(part, lambda part=part: PARTS[part].measure(bench))  # type: ignore[misc]
@@ -95,7 +109,7 @@ def bench_decoding(
             partial = True
     return DecodingBench(
         figures=tuple(bench.figures),
-        checks=tuple(ordered(bench.figures, PROMISES)),
+        checks=(*ordered(bench.figures, PROMISES), *bench.checks),
         skipped=bench.skipped,
         about={
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -18,22 +18,33 @@ VOTES = 5
 """Answers of a vote, and whole answers that the best is chosen from."""
 
 _SAMPLED, _VOTED, _WHOLE = "plain (sampled)", f"plain, vote of {VOTES}", f"plain, surest of {VOTES}"
-_CNTP, _CNTP_VOTED, _SIX = "cntp", f"cntp, vote of {VOTES}", "cntp:min_trials=6;max_trials=6"
+_GREEDY = "plain (greedy)"
+_CNTP, _CNTP_VOTED = "cntp", f"cntp, vote of {VOTES}"
+# The ablation of the authors: the same hesitations with another number of trials.
+_FIXED, _INVERTED = "cntp:rule=fixed", "cntp:rule=inverted"
+_FORWARDS = "forwards an answer"
 
 PROMISES = (
     promised("cntp-above-sampling", "CNTP answers better than sampling at its temperature", ACCURACY, _CNTP, _SAMPLED,
              strict=True, otherwise=SMALL_TASK),
+    promised("cntp-above-greedy", "CNTP answers better than greedy decoding", ACCURACY, _CNTP, _GREEDY, strict=True,
+             otherwise="where greedy answers are mostly right, sampling at temperature 1 loses more than trials win"),
     promised("cntp-vote", "a vote of CNTP's answers is at least as good as a vote of sampled ones", ACCURACY,
              _CNTP_VOTED, _VOTED, otherwise="a vote has little left to gain where most answers are right already"),
     promised("cntp-above-whole", "choosing clause by clause beats choosing among whole answers by perplexity", ACCURACY,
              _CNTP, _WHOLE, strict=True, otherwise=SMALL_TASK),
-    promised("cntp-proportional", "trials by entropy are at least as good as always six", ACCURACY, _CNTP, _SIX,
-             otherwise="always six costs more trials and may buy something with them"),
+    promised("cntp-cheaper-than-whole", f"CNTP takes fewer forwards than the surest of {VOTES} whole answers",
+             _FORWARDS, _CNTP, _WHOLE, smaller=True, strict=True,
+             otherwise="a model that hesitates at most tokens runs trials at most of them"),
+    promised("cntp-proportional", "trials by entropy are at least as good as six wherever it hesitates", ACCURACY,
+             _CNTP, _FIXED, otherwise="six where two would do cost more trials and may buy something with them"),
+    promised("cntp-above-inverted", "trials by entropy are at least as good as more of them where it is surer",
+             ACCURACY, _CNTP, _INVERTED, otherwise="trials at nearly every token cost far more and may buy something"),
 )  # fmt: skip
 
 
 def measure(bench: Bench) -> None:
-    """Answers of `VOTES` draws for each seed, of plain sampling and of CNTP."""
+    """Answers of `VOTES` draws for each seed, of plain sampling and of CNTP, and greedy ones."""
     tasks = examples("arithmetic", bench.limit)
     prompts = [task.prompt for task in tasks]
     longest = max(len(bench.tokenizer(task.answer)["input_ids"]) for task in tasks) + 8
@@ -51,10 +62,19 @@ def measure(bench: Bench) -> None:
     def right(texts: Sequence[str]) -> float:
         return statistics.fmean(task.check(text) for task, text in zip(tasks, texts, strict=True))
 
+    def greedily() -> None:
+        tally, texts = Tally(), list[str]()
+        for result in bench.run(tally, prompts, "plain", do_sample=False, max_new_tokens=longest):
+            texts += result.texts(bench.tokenizer)
+        tally.values = [right(texts)] * bench.seeds
+        bench.add("cntp", _GREEDY, ACCURACY, tally, "one run: no seed changes it")
+
     def answer(way: str, one: str, voted: str | None, surest: str | None) -> None:
         single, several, whole = Tally(), Tally(), Tally()
+        forwards: dict[str, list[float]] = {name: [] for name in (one, surest) if name}
         for seed in range(bench.seeds):
             draws = []
+            before = single.passes, whole.passes
             for number in range(VOTES if voted else 1):
                 tally = Tally()
                 draws.append(draw(tally, way, seed * VOTES + number))
@@ -62,6 +82,8 @@ def measure(bench: Bench) -> None:
                     # A vote pays for all of its draws and has the tokens of one answer.
                     tokens = tally.tokens if each is single or number == 0 else 0
                     each.count(tally.passes, tokens, tally.seconds)
+            for name, tally, passes in zip(forwards, (single, whole), before, strict=False):
+                forwards[name].append((tally.passes - passes) / len(tasks))
             single.values.append(right(draws[0][0]))
             if voted:
                 texts = [vote([each[0][row] for each in draws]) for row in range(len(tasks))]
@@ -73,10 +95,14 @@ def measure(bench: Bench) -> None:
             bench.add("cntp", voted, ACCURACY, several)
         if surest:
             bench.add("cntp", surest, ACCURACY, whole)
+        for name, tally in zip(forwards, (single, whole), strict=False):
+            bench.add("cntp", name, _FORWARDS, Tally(forwards[name], tally.passes, tally.tokens, tally.seconds))
 
     bench.attempt(_SAMPLED, lambda: answer("plain", _SAMPLED, _VOTED, _WHOLE))
     bench.attempt(_CNTP, lambda: answer("cntp", _CNTP, _CNTP_VOTED, None))
-    bench.attempt(_SIX, lambda: answer(_SIX, _SIX, None, None))
+    for way in (_FIXED, _INVERTED):
+        bench.attempt(way, lambda way=way: answer(way, way, None, None))  # type: ignore[misc]
+    bench.attempt(_GREEDY, greedily)
 
 
 def mean_log_probs(result: GenerationResult) -> list[float]:

@@ -16,8 +16,11 @@ from ..results import SCHEMA_VERSION, finite, printed
 SEEDS = 5
 """Fewest seeds that a statement on an ordering rests on."""
 
-SPEED = "bytes a second, over plain"
-"""The one figure of speed; what it is worth depends on how many pairs there are."""
+SPEED = "speed over plain"
+"""The one figure of speed, in tokens or bytes a second; its values are pairs of runs, whatever the seeds are."""
+
+_LAST_DIGITS = 1e-6
+"""Differences below it are rounding: float32 sums in another order differ by as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class Promise:
         strict: Whether equality is too little.
         smaller: Whether less is better.
         otherwise: What can make it fail, such as on a small model; nobody has looked whether it did.
+        must: Whether it has to hold on every model: a bench in which it does not has failed.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Promise:
     strict: bool = False
     smaller: bool = False
     otherwise: str = ""
+    must: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,9 @@ class Ordered:
         difference: Of the one that should be ahead over the other, in favour of the promise; over the seeds.
         passed: Whether it held in the mean.
         clear: Whether both quartiles lie on the side of the verdict.
-        reason: Where it does not hold: that both are equal, or what possibly causes it.
+        reason: Where it does not hold: that both are equal, or in how many pairs it held, what is noted beside the
+            figures, and what possibly causes it.
+        must: Whether it has to hold on every model.
     """
 
     name: str
@@ -102,6 +109,7 @@ class Ordered:
     passed: bool
     clear: bool
     reason: str
+    must: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +129,11 @@ class DecodingBench:
     skipped: dict[str, str]
     about: dict[str, Any] = field(repr=False, default_factory=dict)
     partial: bool = False
+
+    @property
+    def broken(self) -> tuple[Ordered, ...]:
+        """The checks that must hold and do not."""
+        return tuple(check for check in self.checks if check.must and not check.passed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -172,33 +185,42 @@ def with_deviation(each: Mapping[str, Any]) -> str:
 def check_cells(check: Mapping[str, Any]) -> list[str]:
     """Return the cells of a check as it stands in the JSON, in the order of `CHECK_HEADERS`."""
     reason, found = check["reason"], check["difference"]
-    holds = "yes" if check["passed"] else f"no: {reason}" if reason else "no"
+    holds = ("yes" if check["passed"] else "no") + ("" if check["clear"] else ", within the spread")
+    holds += f": {reason}" if reason else ""
+    # Files that were written before there was such a check have no such field.
+    if check.get("must") and not check["passed"]:
+        holds = f"FAILED, it must hold; {holds}"
     return [
         check["statement"],
         check["figure"],
         ", ".join(f"{way} {value:.3f}" for way, value in check["measured"].items()),
         f"{found['median']:+.3f} [{found['lower']:+.3f}, {found['upper']:+.3f}]",
-        holds + ("" if check["clear"] else ", within the spread"),
+        holds,
     ]
 
 
 def seeds_of(data: Mapping[str, Any]) -> int:
-    """Fewest values that a figure of a bench has, as it stands in the JSON."""
-    return min((len(each["values"]) for each in data["figures"]), default=0)
+    """Fewest values that a figure of a bench has, as it stands in the JSON; speeds, whose values are pairs, aside."""
+    return min((len(each["values"]) for each in data["figures"] if each["figure"] != SPEED), default=0)
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
     """Return what a reader must know to read the tables of a bench as it stands in the JSON."""
     count = seeds_of(data)
     found = ["Interrupted: these are the figures that were complete."] if data["partial"] else []
-    found.append(f"difference: in favour of the statement, median [quartiles] over the seeds ({count} or more).")
+    found.append(
+        f"difference: in favour of the statement, median [quartiles] over the seeds ({count} or more); of what a "
+        "trainer measured, a single value."
+    )
     if count < SEEDS:
         found.append(f"Fewer than {SEEDS} seeds: no ordering should be claimed from this.")
     found.append(
         "seconds: all runs of a way; most ways ran one after the other, so that no speed should be claimed from them."
     )
-    if count < PAIRS and any(each["figure"] == SPEED for each in data["figures"]):
-        found.append(f"{SPEED}: pairs of runs of one seed; fewer than {PAIRS}: no speed should be claimed from this.")
+    pairs = [len(each["values"]) for each in data["figures"] if each["figure"] == SPEED]
+    if pairs:
+        few = f"; fewer than {PAIRS}: no speed should be claimed from this" if min(pairs) < PAIRS else ""
+        found.append(f"{SPEED}: {min(pairs)} interleaved pairs of runs on a few prompts{few}.")
     return found
 
 
@@ -235,27 +257,64 @@ def ordered(figures: Sequence[Measured], promises: Sequence[Promise]) -> list[Or
         if sides[0] is None or sides[1] is None:
             continue
         sign = -1.0 if promise.smaller else 1.0
-        spread = Spread.of(sign * (a - b) for a, b in zip(sides[0].values, sides[1].values, strict=True))
-        gap = sign * (sides[0].mean - sides[1].mean)
-        # The last digits of sums in another order decide nothing.
-        passed = gap > 1e-9 if promise.strict else gap >= -1e-9
+        gaps = [sign * (a - b) for a, b in zip(sides[0].values, sides[1].values, strict=True)]
+        noted = [f"{each.way}: {note}" for each in sides if each is not None and (note := getattr(each, "note", ""))]
         found.append(
-            Ordered(
-                name=promise.name,
-                statement=promise.statement,
-                figure=promise.figure,
-                measured={promise.ahead: sides[0].mean, promise.behind: sides[1].mean},
-                difference=spread,
-                passed=passed,
-                clear=spread.lower >= 0 if passed else spread.upper <= 0,
-                reason="" if passed else _why(promise, gap),
+            judged(
+                promise.name,
+                promise.statement,
+                promise.figure,
+                {promise.ahead: sides[0].mean, promise.behind: sides[1].mean},
+                gaps,
+                gap=sign * (sides[0].mean - sides[1].mean),
+                strict=promise.strict,
+                must=promise.must,
+                noted=noted,
+                otherwise=promise.otherwise,
             )
         )
     return found
 
 
-def _why(promise: Promise, gap: float) -> str:
-    """Why a promise did not hold: measured where both are equal, else what is known to be able to cause it."""
-    if abs(gap) <= 1e-9:
-        return "both are equal"
-    return f"possibly because {promise.otherwise}" if promise.otherwise else ""
+def judged(
+    name: str,
+    statement: str,
+    figure: str,
+    measured: dict[str, float],
+    gaps: Sequence[float],
+    *,
+    gap: float | None = None,
+    strict: bool = False,
+    must: bool = False,
+    noted: Sequence[str] = (),
+    otherwise: str = "",
+) -> Ordered:
+    """A check of differences in favour of its statement.
+
+    Args:
+        name, statement, figure, measured, must: Of the check.
+        gaps: The differences, one for each seed or pair.
+        gap: Their mean, where it is known otherwise.
+        strict: Whether equality is too little.
+        noted: What else was measured that a reader of a check that does not hold should know.
+        otherwise: What possibly makes it fail.
+    """
+    spread = Spread.of(gaps)
+    gap = statistics.fmean(gaps) if gap is None else gap
+    # The last digits of sums in another order decide nothing.
+    passed = gap > _LAST_DIGITS if strict else gap >= -_LAST_DIGITS
+    held = sum(each > _LAST_DIGITS if strict else each >= -_LAST_DIGITS for each in gaps)
+    why = ["both are equal" if abs(gap) <= _LAST_DIGITS else f"it held in {held} of {len(gaps)}", *noted]
+    if otherwise and abs(gap) > _LAST_DIGITS:
+        why.append(f"possibly because {otherwise}")
+    return Ordered(
+        name=name,
+        statement=statement,
+        figure=figure,
+        measured=measured,
+        difference=spread,
+        passed=passed,
+        clear=spread.lower >= 0 if passed else spread.upper <= 0,
+        reason="" if passed else "; ".join(why),
+        must=must,
+    )
