@@ -75,6 +75,7 @@ class FASAPlan:
         # Not in inference mode: the plan serves forwards outside it, too.
         with attached(model), torch.inference_mode(False), torch.no_grad():
             cache = TokenCache(model, collector)
+            cache.beside = True
             model(input_ids.to(model.device).clone(), past_key_values=cache, use_cache=True)
         none = torch.zeros(1, parts.heads, len(dims), device=model.device)
         found = [layer.state.get("agreement", none).mean(0).float() for layer in cache.layers]
