@@ -18,6 +18,7 @@ from tokenry.models import attached, weights_hash
 from tokenry.objectives import fit
 from tokenry.objectives.trainable import run as train
 from tokenry.speculation.gated_lora_mtp import Adapters, GatedLoRAMTP, gated
+from tokenry.speculation.gated_lora_mtp import drafter
 from tokenry.speculation.gated_lora_mtp.drafter import best_plan
 from tokenry.speculation.gated_lora_mtp.training import MTPObjective, MTPTrainer, interleaved
 
@@ -278,9 +279,28 @@ def test_the_plan_takes_what_pays():
     assert best_plan([0.9] * 8, free, 8) == (8, True)
     assert best_plan([0.9] * 8, free, 3) == (3, True)
     dear = [float(max(n, 1)) for n in range(82)]  # every row costs
-    assert best_plan([0.1] * 8, dear, 8)[0] == 1
+    assert best_plan([0.1] * 8, dear, 8)[0] == 0
+    assert best_plan([0.3] * 8, [20 + cost / 2 for cost in dear], 8)[0] == 1
     # Certain drafts are worth rows beside a fixed cost, but masks behind each of them are not.
     assert best_plan([1.0] * 8, [20 + cost for cost in dear], 8) == (8, False)
+
+
+@pytest.mark.parametrize("lengths", [(8,), (8, 5)], ids=str)
+def test_where_no_draft_pays_the_rest_is_plain(monkeypatch, lengths):
+    model, inputs = tiny.model(), tiny.prompts(lengths)
+    rows = []
+    verify = Session.verify
+
+    def counted(self, tokens, relation, depth, valid=None, auxiliary=None):
+        rows.append(tokens.shape[1] + (auxiliary.count if auxiliary else 0))
+        return verify(self, tokens, relation, depth, valid, auxiliary)
+
+    monkeypatch.setattr(Session, "verify", counted)
+    monkeypatch.setattr(drafter, "forward_costs", lambda session, sizes: [float(max(n, 1)) for n in range(82)])
+    result = generate(model, inputs, GatedLoRAMTP(mode="auto"), random_adapters(model), max_new_tokens=40)
+    assert torch.equal(result.sequences, plain(model, inputs, max_new_tokens=40))
+    # It tries at first, and then gives up.
+    assert rows[0] > 1 and set(rows[-20:]) == {1}
 
 
 # --- what is saved and refused --------------------------------------------------------------------

@@ -70,7 +70,8 @@ class GatedLoRAMTP(Drafter):
         adapter: Folder of the adapters; None: where `tokenry train mtp` puts them for the model.
         k: Drafts a step, at most as many as the adapters were trained for; None: as many. With `mode="auto"` the most.
         mode: `"quadratic"`, `"linear"`, or `"auto"`: every few steps the mode and width with the most expected tokens
-            per second, from forward costs measured once per process and counted acceptance (an addition).
+            per second, from forward costs measured once per process and counted acceptance (an addition); where none
+            beats plain decoding the rest of the call is plain.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("adapter",)
@@ -110,6 +111,7 @@ class GatedLoRAMTP(Drafter):
             state.costs = forward_costs(session, _sizes(k))
             state.accepted, state.tried = [_PRIOR * _WEIGHT] * k, [_WEIGHT] * k
             self._plan(state, k)
+            state.width = max(state.width, 1)  # what was never tried is not given up
         session.beside_prompt = self._masks(session, state, *_blocks(TreeShape.chain(1, session.device), state.width))
         return state
 
@@ -120,6 +122,8 @@ class GatedLoRAMTP(Drafter):
         if states is None or (state.ready is not None and not bool((state.ready & session.active).any())):
             return DraftTree.root(session.anchor)
         width = min(state.width, states.shape[1], room)
+        if width == 0:
+            return DraftTree.root(session.anchor)
         drafts = state.adapters.draft(session.model, session.anchor, states[:, :width])
         valid = None
         if state.ready is not None and not bool(state.ready.all()):
@@ -128,11 +132,13 @@ class GatedLoRAMTP(Drafter):
         tokens = torch.cat([session.anchor[:, None], drafts], 1)
         return DraftTree(tokens, TreeShape.chain(width + 1, session.device), valid)
 
-    def beside(self, session: Session, state: _State, tree: DraftTree) -> Auxiliary:
+    def beside(self, session: Session, state: _State, tree: DraftTree) -> Auxiliary | None:
         if state.costs is not None and state.steps % _PATIENCE == 0:
             self._plan(state, len(state.tried))
         state.steps += 1
         width = state.width
+        if width == 0:
+            return None
         if state.quadratic:
             return self._masks(session, state, *_blocks(tree.shape, width))
         # One block, behind each row's last real node.
@@ -144,6 +150,9 @@ class GatedLoRAMTP(Drafter):
         )
 
     def observe(self, session: Session, state: _State, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
+        if state.width == 0:
+            state.states = state.ready = None
+            return
         assert session.hidden is not None
         n = tree.shape.size
         masks = session.hidden[:, n:]
@@ -176,14 +185,14 @@ class GatedLoRAMTP(Drafter):
 
 
 def best_plan(chances: Sequence[float], costs: Sequence[float], most: int) -> tuple[int, bool]:
-    """The number of drafts, and whether quadratically, that give the most tokens a second.
+    """The number of drafts, and whether quadratically, that give the most tokens a second; no drafts where none pay.
 
     Args:
         chances: Chance that the draft of each depth is accepted where those before it were.
         costs: Seconds of a forward by its tokens.
         most: Most drafts.
     """
-    best, rate = (1, False), 0.0
+    best, rate = (0, False), 1 / costs[1]
     tokens, reach = 1.0, 1.0
     for width in range(1, most + 1):
         reach *= chances[width - 1]
