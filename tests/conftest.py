@@ -1,0 +1,20 @@
+"""What every test shares: a clock that stands still where methods choose their size by what they measure."""
+
+import pytest
+
+from tokenry.speculation import budget, sizing
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch):
+    """Automatic sizes follow what forwards take, which on a busy machine is anything. A forward takes a second here and
+    each token a hundredth more; tests that are about time set their own."""
+    measure = budget._seconds
+
+    def seconds(session, cache, cached, size):
+        measure(session, cache, cached, size)
+        return 1 + size / 100
+
+    monkeypatch.setattr(budget, "_seconds", seconds)
+    for module in (budget, sizing):
+        monkeypatch.setattr(module, "_clock", lambda: 0.0)
