@@ -17,8 +17,7 @@ from tokenry.methods import method
 from tokenry.models import attached, weights_hash
 from tokenry.objectives import fit
 from tokenry.objectives.trainable import run as train
-from tokenry.speculation.gated_lora_mtp import Adapters, GatedLoRAMTP, gated
-from tokenry.speculation.gated_lora_mtp import drafter
+from tokenry.speculation.gated_lora_mtp import Adapters, GatedLoRAMTP, drafter, gated
 from tokenry.speculation.gated_lora_mtp.drafter import best_plan
 from tokenry.speculation.gated_lora_mtp.training import MTPObjective, MTPTrainer, interleaved
 
