@@ -5,11 +5,12 @@
 # make peers  set up kvpress, which asks for another transformers, in an environment of its own: tokenry bench kvcache
 # make clean  remove caches and build outputs
 #
-# Variables: PYTHON (3.11 or newer), PIP_ARGS (for example an index with CPU-only builds of torch,
-# which saves gigabytes on Linux), DEMO (the demo's command).
+# Variables: PYTHON (3.11 or newer), WORKERS (processes that the tests run in, a core each), PIP_ARGS (for example an
+# index with CPU-only builds of torch, which saves gigabytes on Linux), DEMO (the demo's command).
 
 PYTHON ?= python3
 PIP_ARGS ?=
+WORKERS ?= 2
 DEMO ?= compare --demo --html runs/demo.html --json runs/demo.json
 
 BIN := .venv/bin
@@ -21,7 +22,7 @@ demo: .venv/.run
 	$(BIN)/tokenry $(DEMO)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,8 +1,15 @@
-"""What every test shares: a clock that stands still where methods choose their size by what they measure."""
+"""What every test shares: a clock that stands still where methods choose their size by what they measure, and an output
+that is no terminal, in a worker process too."""
 
 import pytest
 
 from tokenry.speculation import budget, sizing
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Tables are as wide as the reader's terminal, and a worker process is told one of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(autouse=True)
