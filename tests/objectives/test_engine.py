@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tests import tiny
 from tokenry.errors import BadMethod, BadParameter, ResourceError, UnsupportedModel
-from tokenry.objectives import Objective, ObjectiveTrainer, TrainingDiverged, fit, label_count, shifted_ce
+from tokenry.objectives import Objective, ObjectiveTrainer, TrainingDiverged, fit, label_count, mixed, shifted_ce
 
 pytest.importorskip("accelerate")
 
@@ -348,10 +348,31 @@ def test_half_precision_weights_are_trained_in_float32():
     assert {p.dtype for p in bundle.parameters()} == {torch.float32}
     assert (weights(bundle.model) - weights(tiny.model(dtype=torch.bfloat16).float())).abs().max() > 0
     # Mixed precision ends with the run, and differs from none.
-    mixed = fit(tiny.model(), _Plain(), rows(), None, steps=2, lr=1e-3, dtype=torch.bfloat16, progress=False)
+    half = fit(tiny.model(), _Plain(), rows(), None, steps=2, lr=1e-3, dtype=torch.bfloat16, progress=False)
     exact = fit(tiny.model(), _Plain(), rows(), None, steps=2, lr=1e-3, progress=False)
-    assert {p.dtype for p in mixed.parameters()} == {torch.float32} and "forward" not in vars(mixed)
-    assert 0 < (weights(mixed) - weights(exact)).abs().max() < 1e-2
+    assert {p.dtype for p in half.parameters()} == {torch.float32} and "forward" not in vars(half)
+    assert 0 < (weights(half) - weights(exact)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False}, None),
+        ({}, None),
+    ],
+)
+def test_automatic_precision_follows_the_instructions(found, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **found}, raising=False)
+    cpu = torch.device("cpu")
+    assert mixed("auto", cpu) == chosen
+    assert mixed("bfloat16", cpu) == torch.bfloat16 and mixed("float32", cpu) is None
+
+
+def test_automatic_precision_of_a_torch_that_cannot_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert mixed("auto", torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

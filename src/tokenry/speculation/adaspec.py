@@ -23,7 +23,18 @@ from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter, ResourceError
 from tokenry.models import context_length, load, weights_hash
-from tokenry.objectives import Context, Objective, TokenRows, Trainable, fit, kl, label_count, token_rows
+from tokenry.objectives import (
+    Context,
+    Objective,
+    Precision,
+    TokenRows,
+    Trainable,
+    fit,
+    kl,
+    label_count,
+    mixed,
+    token_rows,
+)
 from tokenry.objectives.losses import IGNORED, overlap
 from tokenry.objectives.trainable import RUN
 from tokenry.speculation.draft_model import DraftModel
@@ -257,7 +268,7 @@ class AdaSpecTrainer(Trainable):
         lr: Learning rate.
         weight_decay: Weight decay.
         reference_steps: Steps of the first stage; as many as the second if none.
-        precision: Mixed precision of the forward passes, or none.
+        precision: Of matrix products; `"auto"` is bfloat16 where the device has instructions for it, else float32.
     """
 
     help: ClassVar[str] = "A draft model for draft-model:draft=PATH that the target accepts more often."
@@ -272,7 +283,7 @@ class AdaSpecTrainer(Trainable):
     lr: float = 3e-4
     weight_decay: float = 0.1
     reference_steps: int | None = None
-    precision: Literal["bfloat16"] | None = None
+    precision: Precision = "float32"
 
     def validate(self) -> None:
         self.check("keep", "above 0 and at most 1", 0 < self.keep <= 1)
@@ -308,7 +319,7 @@ class AdaSpecTrainer(Trainable):
             "weight_decay": self.weight_decay,
             "seed": seed,
             "settings": f"{self} for {weights_hash(model)}",
-            "dtype": torch.bfloat16 if self.precision else None,
+            "dtype": mixed(self.precision, model.device),
         }
         found = {"before": acceptance(draft.float(), model, measured)}
         reference = None

@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from tokenry.objectives import mixed
+
 
 class Blocks(Dataset):
     """Blocks written by :func:`~tokenry.training.corpus.write_blocks`, each one batch ``[rows, length]``."""
@@ -122,7 +124,7 @@ def pretrain(
         },
         warmup_steps=min(50, steps // 10),
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=mixed("auto", torch.device("cuda" if cuda else "cpu")) is not None,
         use_cpu=not cuda,
         save_steps=save_every,
         save_total_limit=3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,18 @@ from tokenry.decoding.skipdecode.layers import skipping
 from tokenry.decoding.skipdecode.schedule import Exit, Shape, SkipSchedule
 from tokenry.errors import UnsupportedModel
 from tokenry.models import anatomy, context_length
-from tokenry.objectives import Context, Objective, Trainable, fit, label_count, log_probs, shifted_ce, token_rows
+from tokenry.objectives import (
+    Context,
+    Objective,
+    Precision,
+    Trainable,
+    fit,
+    label_count,
+    log_probs,
+    mixed,
+    shifted_ce,
+    token_rows,
+)
 from tokenry.objectives.losses import IGNORED
 from tokenry.objectives.trainable import RUN
 
@@ -125,7 +136,7 @@ class SkipDecodeTrainer(Trainable):
         batch: Rows of a step.
         lr: Learning rate.
         weight_decay: Weight decay.
-        precision: Mixed precision of the forward passes, or none.
+        precision: Of matrix products; `"auto"` is bfloat16 where the device has instructions for it, else float32.
     """
 
     help: ClassVar[str] = "A copy of the model that writes well under skipdecode's schedule."
@@ -142,7 +153,7 @@ class SkipDecodeTrainer(Trainable):
     batch: int = 16
     lr: float = 2e-4
     weight_decay: float = 0.01
-    precision: Literal["bfloat16"] | None = None
+    precision: Precision = "float32"
 
     def validate(self) -> None:
         self.method()
@@ -189,7 +200,7 @@ class SkipDecodeTrainer(Trainable):
             model, SkipObjective(schedule, anneal=self.anneal), learned, out / RUN / "fit",
             steps=steps, batch=self.batch, lr=self.lr, weight_decay=self.weight_decay, seed=seed,
             warmup=min(100, steps // 10), schedule="cosine", settings=str(self),
-            dtype=torch.bfloat16 if self.precision else None,
+            dtype=mixed(self.precision, model.device),
         ).model  # fmt: skip
         found["after"] = _mean(losses_by_index(tuned, measured, prompt, schedule))
         tuned.to(dtype)  # type: ignore[arg-type]

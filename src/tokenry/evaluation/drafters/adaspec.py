@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tokenry.models import weights_hash
-from tokenry.objectives import token_rows, training_texts
+from tokenry.objectives import mixed, token_rows, training_texts
 from tokenry.speculation import DraftModel
 from tokenry.speculation.adaspec import ARMS, AdaSpecTrainer, compare_distillation, sampled
 
@@ -33,7 +33,7 @@ def measure(bench: Bench) -> None:
     # Runs of other settings go elsewhere, so that none stands in another's way.
     known = f"{weights_hash(bench.model)} {weights_hash(draft)} {bench.steps} {rows.ids.tolist()}"
     folder = bench.folder("adaspec-bench") / hashlib.sha256(known.encode()).hexdigest()[:12]
-    dtype = bench.model.dtype if bench.model.dtype == torch.bfloat16 else None
+    dtype = mixed("auto" if bench.model.dtype == torch.bfloat16 else "float32", bench.model.device)
     found = compare_distillation(
         bench.model, draft, rows, held_out=held, arms=arms, seeds=bench.seeds, steps=bench.steps, dtype=dtype,
         measure=functools.partial(_drafting, bench), folder=folder, progress=bench.progress,

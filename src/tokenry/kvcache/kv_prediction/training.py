@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from tokenry.kvcache.kv_prediction.predictor import (
 )
 from tokenry.kvcache.kv_prediction.projections import Placement, remember, replaced
 from tokenry.models import anatomy, context_length, load, weights_hash
-from tokenry.objectives import Context, Objective, Trainable, fit, label_count, log_probs, token_rows
+from tokenry.objectives import Context, Objective, Precision, Trainable, fit, label_count, log_probs, mixed, token_rows
 from tokenry.objectives.losses import IGNORED
 from tokenry.objectives.trainable import RUN
 
@@ -192,7 +192,7 @@ class KVPredictionTrainer(Trainable):
         batch: Rows of a step.
         lr: Highest learning rate; it warms up over a twentieth of the steps and falls to zero by a cosine.
         weight_decay: Weight decay.
-        precision: `"bfloat16"` runs matrix products in it, `"float32"` does not.
+        precision: Of matrix products; `"auto"` is bfloat16 where the device has instructions for it, else float32.
     """
 
     help: ClassVar[str] = "A small model that reads prompts for the model, and maps to its cache (kv-prediction)."
@@ -206,7 +206,7 @@ class KVPredictionTrainer(Trainable):
     batch: int = 8
     lr: float = 5e-4
     weight_decay: float = 0.1
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = "auto"
 
     def validate(self) -> None:
         self.check("share", "above 0 and below 1", 0 < self.share < 1)
@@ -241,7 +241,7 @@ class KVPredictionTrainer(Trainable):
             auxiliary, objective, learned, out / RUN / "fit",
             steps=steps, batch=self.batch, lr=self.lr, weight_decay=self.weight_decay, seed=seed,
             warmup=max(1, steps // 20), schedule="cosine", settings=f"{self} for {weights_hash(model)}",
-            dtype=torch.bfloat16 if self.precision == "bfloat16" else None,
+            dtype=mixed(self.precision, model.device),
         )  # fmt: skip
         trained: Any = bundle.model
         maps: Any = bundle.extra["maps"]

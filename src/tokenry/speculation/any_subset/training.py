@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter
 from tokenry.models import context_length
-from tokenry.objectives import Context, Objective, Trainable, fit, log_probs, token_rows
+from tokenry.objectives import Context, Objective, Precision, Trainable, fit, log_probs, mixed, token_rows
 from tokenry.objectives.trainable import RUN
 from tokenry.speculation.any_subset.scoring import any_subset, columns_where, two_streams
 
@@ -103,7 +103,7 @@ class AnyOrderTrainer(Trainable):
         warmup: Share of the steps over which learning rate and hidden share warm up.
         spans: Share of the rows that hide runs.
         run: Longest run in tokens.
-        bf16: Mixed precision.
+        precision: Of matrix products; `"auto"` is bfloat16 where the device has instructions for it, else float32.
     """
 
     help: ClassVar[str] = "Turn a decoder into a model that fills masked places (any-subset speculative decoding)."
@@ -117,7 +117,7 @@ class AnyOrderTrainer(Trainable):
     warmup: float = 0.1
     spans: float = 0.5
     run: int = 24
-    bf16: bool = False
+    precision: Precision = "float32"
 
     _STEPS: ClassVar[int] = 600
 
@@ -162,7 +162,7 @@ class AnyOrderTrainer(Trainable):
             seed=seed,
             warmup=warmup,
             schedule="linear",
-            dtype=torch.bfloat16 if self.bf16 else None,
+            dtype=mixed(self.precision, model.device),
             settings=str(self),
         )
         trained: Any = bundle.model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokenry.objectives import Context, Objective, TokenRows, Trainable, fit, token_rows
+from tokenry.objectives import Context, Objective, TokenRows, Trainable, fit, mixed, token_rows
 from tokenry.objectives.trainable import RUN
 from tokenry.speculation.future_token_prediction.measure import future_losses, smoothness
 from tokenry.speculation.future_token_prediction.model import IGNORED, FTPForCausalLM, config_for
@@ -116,7 +116,7 @@ class FutureTokenPredictionTrainer(Trainable):
         bundle = fit(
             ftp, FutureTokens(), TokenRows(rows[: max(1, len(rows) - held)], tokenizer.bos_token_id), out / RUN,
             steps=steps, lr=self.lr, batch=self.batch, seed=seed, warmup=max(1, steps // 20), schedule="cosine",
-            settings=str(self), dtype=torch.bfloat16 if self.length * self.batch >= 1024 else None,
+            settings=str(self), dtype=mixed("auto" if self.length * self.batch >= 1024 else "float32", model.device),
         )  # fmt: skip
         trained: Any = bundle.model
         report = {

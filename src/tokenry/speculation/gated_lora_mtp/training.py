@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from rich.console import Console
@@ -20,7 +20,7 @@ from tokenry.errors import BadParameter
 from tokenry.generation.auxiliary import Auxiliary, listening
 from tokenry.models import TokenCache, attached, context_length
 from tokenry.models.fingerprint import rounded_hash
-from tokenry.objectives import Context, Objective, TokenRows, Trainable, fit, token_rows
+from tokenry.objectives import Context, Objective, Precision, TokenRows, Trainable, fit, mixed, token_rows
 from tokenry.objectives.losses import IGNORED, log_probs
 from tokenry.objectives.trainable import RUN
 from tokenry.speculation.gated_lora_mtp.adapters import Adapters, gated
@@ -190,7 +190,7 @@ class MTPTrainer(Trainable):
         steps: Steps of the optimizer.
         lr: Learning rate of AdamW; `mask_lr` is that of the mask embeddings.
         consistency: Factor of the consistency term.
-        precision: `"bfloat16"` runs matrix products in it, `"float32"` does not.
+        precision: Of matrix products; `"auto"` is bfloat16 where the device has instructions for it, else float32.
     """
 
     help: ClassVar[str] = "Mask embeddings, gated LoRA and sampler with which a frozen model drafts for itself."
@@ -205,7 +205,7 @@ class MTPTrainer(Trainable):
     lr: float = 1e-3
     mask_lr: float = 5e-3
     consistency: float = 1.0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = "auto"
 
     def validate(self) -> None:
         for name in ("k", "r", "batch", "rows", "blocks", "steps"):
@@ -248,7 +248,7 @@ class MTPTrainer(Trainable):
             warmup=min(50, total // 10),
             schedule="cosine",
             groups={"extra.adapters.masks": self.mask_lr / self.lr},
-            dtype=torch.bfloat16 if self.precision == "bfloat16" else None,
+            dtype=mixed(self.precision, model.device),
             settings=str(self),
         )
         adapters: Any = bundle.extra["adapters"]

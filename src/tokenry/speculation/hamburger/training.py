@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter
 from tokenry.generation import generate
-from tokenry.objectives import Context, Objective, Trainable, entropy, fit, log_probs, token_rows
+from tokenry.objectives import Context, Objective, Trainable, entropy, fit, log_probs, mixed, token_rows
 from tokenry.objectives.losses import IGNORED
 from tokenry.objectives.trainable import RUN
 from tokenry.speculation.hamburger.decoding import Hamburger
@@ -228,10 +228,10 @@ class HamburgerTrainer(Trainable):
             whole, teacher, entropy_low=self.entropy_low, entropy_ratio=self.entropy_ratio,
             stop_weight=self.stop_weight, end=tokenizer.eos_token_id,
         )  # fmt: skip
-        mixed = dtype if dtype in (torch.bfloat16, torch.float16) else None
+        products = mixed("auto" if dtype in (torch.bfloat16, torch.float16) else "float32", model.device)
         fit(
             model, objective, rows, out / RUN, steps=steps, lr=self.lr, batch=self.batch, seed=seed,
-            warmup=steps // 20, schedule="cosine", groups={"model.": self.base_lr}, dtype=mixed, settings=str(self),
+            warmup=steps // 20, schedule="cosine", groups={"model.": self.base_lr}, dtype=products, settings=str(self),
         )  # fmt: skip
         log = [json.loads(line) for line in (out / RUN / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         # A run that was complete already has no line of its own beyond those of its steps.
