@@ -76,7 +76,7 @@ def test_both_pass_the_contracts(package):
     for contract in (
         "test_greedy_is_transformers_greedy_for_a_padded_batch[repeat-llama]",
         "test_budget_above_the_length_is_plain[stride-llama]",
-        "test_a_drafter_inside_equals_the_policy_alone[stride-defaults-repeat-llama-(60,)]",
+        "test_a_drafter_inside_equals_the_policy_alone[stride-defaults-repeat-llama-(60, 47)]",
         "test_a_drafter_inside_equals_the_policy_alone[h2o-defaults-repeat-llama-(60,)]",
     ):
         assert contract in collected
