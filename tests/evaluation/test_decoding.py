@@ -204,6 +204,7 @@ def test_json_has_figures_and_checks(measured):
     names = {check.name for check in measured.checks}
     assert {"navigation-above-ranking", "navigation-above-sampling", "navigation-lose-names"} < names
     assert {"navigation-lose-contexts", "navigation-gain-contexts"} < names
+    assert {"navigation-vote", "navigation-vote-of-ranking"} < names
     assert all(check.reason or check.passed for check in measured.checks)
     assert data["beside"]["small"]["weights_hash"] != data["model"]["weights_hash"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenry.generation import GenerationResult
 from tokenry.workloads import examples
 
-from .engine import ACCURACY, SMALL_TASK, Bench, Tally, promised
+from .engine import ACCURACY, SMALL_TASK, Bench, Tally, longest, promised
 
 VOTES = 5
 """Answers of a vote, and whole answers that the best is chosen from."""
@@ -47,13 +47,13 @@ def measure(bench: Bench) -> None:
     """Answers of `VOTES` draws for each seed, of plain sampling and of CNTP, and greedy ones."""
     tasks = examples("arithmetic", bench.limit)
     prompts = [task.prompt for task in tasks]
-    longest = max(len(bench.tokenizer(task.answer)["input_ids"]) for task in tasks) + 8
+    most = longest(bench.tokenizer, tasks)
 
     def draw(tally: Tally, way: str, seed: int) -> tuple[list[str], list[float]]:
         texts: list[str] = []
         sure: list[float] = []
         options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        options |= {"max_new_tokens": longest, "output_scores": True}
+        options |= {"max_new_tokens": most, "output_scores": True}
         for result in bench.run(tally, prompts, way, seed=seed * 1_000_003, **options):
             texts += result.texts(bench.tokenizer)
             sure += mean_log_probs(result)
@@ -64,7 +64,7 @@ def measure(bench: Bench) -> None:
 
     def greedily() -> None:
         tally, texts = Tally(), list[str]()
-        for result in bench.run(tally, prompts, "plain", do_sample=False, max_new_tokens=longest):
+        for result in bench.run(tally, prompts, "plain", do_sample=False, max_new_tokens=most):
             texts += result.texts(bench.tokenizer)
         tally.values = [right(texts)] * bench.seeds
         bench.add("cntp", _GREEDY, ACCURACY, tally, "one run: no seed changes it")

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenry.errors import BadParameter, TokenryError
 from tokenry.generation import GenerationResult, generate
+from tokenry.workloads import Example
 
 from ..environment import describe_model
 from ..metrics import PAIRS
@@ -138,6 +139,11 @@ class Bench:
 
 Run = Callable[[Tally], None]
 """Runs a few prompts and counts what that took."""
+
+
+def longest(tokenizer: Any, tasks: Sequence[Example]) -> int:
+    """Tokens that the longest answer takes, and a few to go wrong with."""
+    return max(len(tokenizer(task.answer)["input_ids"]) for task in tasks) + 8
 
 
 def few(prompts: Sequence[Any], count: int) -> list[Any]:

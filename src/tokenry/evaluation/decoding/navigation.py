@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from tokenry.decoding import InContextNavigation
-from tokenry.workloads import examples
+from tokenry.workloads import Example, examples
 
-from .engine import Bench, Tally, promised
+from .cntp import vote
+from .engine import ACCURACY, Bench, Tally, longest, promised
 
 _ROUNDS = 5
 _KEYS, _LENGTH = 20, 2400  # constants of a context, and its characters
@@ -22,6 +23,10 @@ _PLANTED, _KNOWN = "constants of a context", "names of Python"
 _NAVIGATED, _RANKED = "in-context-navigation", "in-context-navigation:navigate=false"
 _SAMPLED = "plain (sampled)"
 _LOOKED = 4  # contexts of a seed on which the ranking itself is looked at
+_WAYS, _CHAINS = 4, 12  # ways to solve a problem, as the paper has them, and most problems of a seed
+_WORKED = "worked arithmetic"
+_NAVIGATED_VOTE, _RANKED_VOTE = (f"{way}, {_WORKED}, vote of {_WAYS}" for way in (_NAVIGATED, _RANKED))
+_GREEDY = f"plain (greedy), {_WORKED}"
 
 LISTS: dict[str, frozenset[str]] = {
     "Python's keywords.": frozenset(keyword.kwlist),
@@ -56,6 +61,12 @@ PROMISES = (
     promised("navigation-above-sampling", "listing the names found so far reaches at least as many of Python's as as "
              "many samples at temperature 1", _right(_ROUNDS * _MANY), f"{_NAVIGATED}, {_KNOWN}",
              f"{_SAMPLED}, {_KNOWN}", otherwise="samples go apart behind their first tokens as well"),
+    promised("navigation-vote", f"a vote of {_WAYS} ways, each listed for the next, is at least as good as one of ways "
+             "from one ranking", ACCURACY, _NAVIGATED_VOTE, _RANKED_VOTE,
+             otherwise="what is listed is copied, and all ways make the same mistake"),
+    promised("navigation-vote-of-ranking", f"a vote of {_WAYS} ways from one ranking is at least as good as the single "
+             "greedy one", ACCURACY, _RANKED_VOTE, _GREEDY,
+             otherwise="this task has one right first token, and what is begun by another goes wrong"),
 )  # fmt: skip
 
 
@@ -109,17 +120,62 @@ def measure(bench: Bench) -> None:
             if task == _KNOWN and not navigated:
                 name = f"{_SAMPLED}, {task}"
                 bench.attempt(name, partial(sampled, name, method, groups, f"temperature 1, {note}"))
+        bench.attempt(f"{way}, {_WORKED}", partial(_vote, bench, f"{way}, {_WORKED}", navigated))
+    bench.attempt(_GREEDY, partial(_greedily, bench))
+
+
+def _chains(bench: Bench) -> list[list[Example]]:
+    """The problems of each seed."""
+    return [examples("arithmetic", min(bench.limit, _CHAINS), seed=seed) for seed in range(bench.seeds)]
+
+
+def _vote(bench: Bench, name: str, navigated: bool) -> None:
+    """What most of some ways to solve a problem say, each begun by another token, and each way by itself."""
+    voted, single = Tally(), Tally()
+    for tasks in _chains(bench):
+        right: list[float] = []
+        each: list[float] = []
+        for task in tasks:
+            # A way is listed as this model has seen ways: a comment, and the problem again for the next one.
+            method = InContextNavigation(
+                rounds=_WAYS, per_round=1, pool=100, navigate=navigated, header="", item="{answer}\n" + task.prompt,
+                cue="", end="\n",
+            )  # fmt: skip
+            group = [(task.prompt, frozenset[str]())]
+            (found,) = _answers(bench, group, method, voted, max_new_tokens=longest(bench.tokenizer, tasks))
+            texts = [answer["text"] for answer in found]
+            right.append(task.check(vote(texts)))
+            each.append(statistics.fmean(map(task.check, texts)))
+        voted.values.append(statistics.fmean(right))
+        single.values.append(statistics.fmean(each))
+    note = f"{min(bench.limit, _CHAINS)} problems a seed"
+    bench.add("navigation", f"{name}, vote of {_WAYS}", ACCURACY, voted, note)
+    bench.add("navigation", f"{name}, each way", ACCURACY, single, note)
+
+
+def _greedily(bench: Bench) -> None:
+    tally = Tally()
+    for tasks in _chains(bench):
+        texts: list[str] = []
+        options = {"do_sample": False, "max_new_tokens": longest(bench.tokenizer, tasks)}
+        for result in bench.run(tally, [task.prompt for task in tasks], "plain", **options):
+            texts += result.texts(bench.tokenizer)
+        tally.values.append(statistics.fmean(task.check(text) for task, text in zip(tasks, texts, strict=True)))
+    bench.add("navigation", _GREEDY, ACCURACY, tally)
 
 
 _Group = Sequence[tuple[str, frozenset[str]]]
 """Prompts with their right answers."""
 
 
-def _answers(bench: Bench, group: _Group, method: InContextNavigation, tally: Tally) -> list[list[dict[str, Any]]]:
+def _answers(
+    bench: Bench, group: _Group, method: InContextNavigation, tally: Tally, max_new_tokens: int = 12
+) -> list[list[dict[str, Any]]]:
     """The answers to each of some prompts, as `stats.extra["answers"]` has them."""
     own, written = Tally(), 0
     found: list[list[dict[str, Any]]] = []
-    for result in bench.run(own, [prompt for prompt, _ in group], method, do_sample=False, max_new_tokens=12):
+    for result in bench.run(own, [prompt for prompt, _ in group], method, do_sample=False,
+                            max_new_tokens=max_new_tokens):  # fmt: skip
         assert result.stats is not None
         found += result.stats.extra["answers"]
         written += sum(map(len, result.new_tokens))
