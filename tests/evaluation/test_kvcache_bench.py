@@ -65,8 +65,11 @@ def test_reading_in_pieces_with_room_for_everything_answers_as_plain_does(text, 
 @pytest.mark.parametrize("text", ["h2o:budget=0.25", "snapkv:budget=0.4;window=4", "oracle:budget=0.25"])
 def test_a_prompt_in_a_batch_answers_as_it_does_alone_from_its_share(text, aware):
     policy = method(text)
-    found = quality.answers(bench(), policy, PROMPTS, aware, 6, line=False)
-    alone = [quality.answers(bench(), policy, [each], aware, 6, line=False) for each in PROMPTS]
+    # Before a question a batch has one share of its contexts, for the mean of their lengths.
+    even = asked(*(f"{name} = 1\n" * 12 for name in ("abc", "xyz", "nop")))
+    prompts = PROMPTS if aware or not policy.drops else even
+    found = quality.answers(bench(), policy, prompts, aware, 6, line=False)
+    alone = [quality.answers(bench(), policy, [each], aware, 6, line=False) for each in prompts]
     assert found.texts == [each.texts[0] for each in alone]
     if policy.drops:
         assert found.kept == pytest.approx([each.kept[0] for each in alone])
@@ -188,11 +191,14 @@ def test_ours_against_kvpress_takes_the_best_that_hold_their_share():
     figures = [
         *averaged("kvpress: TOVA", 0.2, 0.4), *averaged("kvpress: KeyDiff", 0.5, 0.7), *averaged("h2o", 0.4, 0.5),
         *averaged("sinks", 0.1, 0.2), *averaged("fasa", 0.8, 0.9), *averaged("spatten", 0.9, 0.9, kept=0.6),
-        *averaged("oracle", 1.0, 1.0), *averaged("plain", 1.0, 1.0),
+        *averaged("oracle", 1.0, 1.0), *averaged("plain", 1.0, 1.0), *averaged("keydiff", 0.6, 0.7),
+        *averaged("oracle:per=kv", 1.0, 1.0),
     ]  # fmt: skip
     found = {check.name: check for check in checks.checked(figures)}
     mine = found["ours-above-kvpress, question-agnostic"]
     assert mine.measured == {"h2o": 0.45, "kvpress: KeyDiff": pytest.approx(0.6)} and not mine.passed and mine.reason
+    beside = found["ours-above-kvpress-with-baselines, question-agnostic"]
+    assert beside.passed and set(beside.measured) == {"keydiff", "kvpress: KeyDiff"}
     others = found["ours-above-kvpress-with-all, question-agnostic"]
     assert others.passed and set(others.measured) == {"spatten", "kvpress: KeyDiff"}
     assert found["h2o-above-sinks, question-agnostic"].passed
@@ -337,12 +343,15 @@ def test_kvpress_holds_as_many_slots_when_the_answer_begins(tmp_path):
     agnostic, aware = answers[:2], answers[2:]
     for each in (*agnostic, *aware):
         before = len(each["ids"]) - 1
-        assert each["keep"] + before - each["split"] == int(0.5 * before)
+        # A batch's rows get one share of their contexts, for the mean of their lengths.
+        assert abs(each["keep"] + before - each["split"] - 0.5 * before) <= 1
     assert all(each["split"] == len(each["ids"]) - 1 for each in aware)
     assert all(each["split"] < len(each["ids"]) - 10 for each in agnostic)
     assert found.about["peers"] == {"kvpress": "0"}
     kept = [each for each in found.figures if each.way == "kvpress: SnapKV" and each.form == "share"]
     assert all(0.48 < each.mean <= 0.5 for each in kept)
+    ours = [each for each in found.figures if each.way == "h2o" and each.form == "share"]
+    assert [each.mean for each in ours] == pytest.approx([each.mean for each in kept], abs=1e-6)
 
 
 def test_prompts_that_kvpress_reads_otherwise_are_broken(tmp_path):

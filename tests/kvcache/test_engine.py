@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -12,11 +15,20 @@ from transformers import DynamicCache, StaticCache
 
 from tests import tiny
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse, UnsupportedModel
-from tokenry.kvcache import H2O, Random, Sinks
+from tokenry.kvcache import H2O, DapQ, KeyDiff, Keyformer, Oracle, Random, Sinks, SnapKV, TreeKV
 from tokenry.models import AttentionRows, TokenCache, active_policy, attached
 
 POLICIES = (H2O, Sinks, Random)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
+BY_ATTENTION = (H2O, Keyformer, partial(TreeKV, sinks=2, block=4), partial(SnapKV, window=4), partial(DapQ, recent=2))
+BY_THEMSELVES = (Sinks, Random, partial(KeyDiff, recent=3))
+
+
+def _slug(made):
+    return getattr(made, "func", made).slug
+
+
+every_policy = pytest.mark.parametrize("policy", BY_ATTENTION + BY_THEMSELVES, ids=_slug)
 
 
 @pytest.mark.parametrize("kind", [k for k in tiny.SERVED if k != "mistral"])
@@ -59,6 +71,52 @@ def test_every_layer_keeps_its_budget_after_every_forward(policy, budget, every)
                 assert bool((kept[..., -1] == 40 + step).all()), "the newest token is held"
             assert cache.get_seq_length() == 41 + step
             cache = model(torch.tensor([[5 + step]]), past_key_values=cache).past_key_values
+
+
+@every_policy
+def test_budgets_hold_for_prompts_of_one_to_three_times_their_length(policy):
+    model = tiny.model()
+    budget = 11
+    for length in random.Random(0).sample(range(budget, 3 * budget + 1), 6):
+        with policy(budget=budget)(model), torch.no_grad():
+            cache = model(tiny.prompts((length,), seed=length)["input_ids"]).past_key_values
+            for step in range(budget):
+                assert all(layer.size == budget for layer in cache.layers)
+                assert all(bool((kept[..., -1] == length - 1 + step).all()) for kept in cache.kept_positions())
+                cache = model(torch.tensor([[5 + step]]), past_key_values=cache).past_key_values
+
+
+@pytest.mark.parametrize("positions", ("original", "rolling"))
+@every_policy
+def test_protected_slots_are_held_after_long_decoding(policy, positions):
+    model, budget = tiny.model(), 16
+    made = policy(budget=budget)
+    if hasattr(made, "positions"):
+        made = policy(budget=budget, positions=positions)
+    elif positions == "rolling":
+        pytest.skip("positions of this policy are the original ones")
+    sinks = getattr(made, "sinks", 0)
+    recent = budget - sinks if isinstance(made, Sinks) else made.protected() - sinks
+    assert sinks + recent >= 2, "something must be protected in this test"
+    with made(model):
+        out = model.generate(
+            tiny.prompts((40,))["input_ids"], do_sample=False, max_new_tokens=80, return_dict_in_generate=True
+        )
+    length = out.past_key_values.get_seq_length()
+    wanted = {*range(sinks), *range(length - recent, length)}
+    for kept in out.past_key_values.kept_positions():
+        for head in kept.expand(1, 2, -1)[0].tolist():
+            assert len(head) == budget and wanted <= set(head)
+
+
+@pytest.mark.parametrize("policy", (*BY_ATTENTION, *BY_THEMSELVES, Oracle), ids=_slug)
+def test_assisted_generation_with_room_for_everything_equals_the_plain_model(policy):
+    model, assistant = tiny.model(), tiny.model(seed=1)
+    ids = tiny.prompts((40,))["input_ids"]
+    wanted = model.generate(ids, **GREEDY)
+    for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+        with policy(budget=128)(model):
+            assert torch.equal(model.generate(ids, **GREEDY, **options), wanted)
 
 
 def test_positions_count_tokens_seen_not_slots_held():
@@ -208,6 +266,41 @@ def test_misuse_is_refused_and_the_model_restored():
     assert not model._forward_pre_hooks and not model.base_model._forward_pre_hooks
 
 
+def test_a_cache_that_is_offloaded_and_a_copy_made_inside_a_block_are_refused_by_name():
+    model = tiny.model()
+    ids = tiny.prompts((20,))["input_ids"]
+    with H2O(budget=8)(model):
+        with pytest.raises(CacheMisuse, match="cache that is offloaded"):
+            model.generate(ids, cache_implementation="offloaded", max_new_tokens=2)
+        twin = copy.deepcopy(model)
+    for enter in (H2O(budget=8), H2O(budget=8).cache):
+        with pytest.raises(UnsupportedModel, match="copy the model outside the block"), enter(twin):
+            pass
+
+
+@pytest.mark.parametrize("policy", (H2O, Random, Keyformer))
+def test_protected_shares_are_rounded_as_budgets_are(policy):
+    for hundredths in range(5, 100):
+        assert policy(budget=100, recent=hundredths / 100).protected() == hundredths
+        assert policy(budget=hundredths / 100).slots(hundredths / 100, 100) == hundredths
+
+
+@pytest.mark.parametrize("positions", ("original", "rolling"))
+@pytest.mark.parametrize("policy", (H2O, Sinks))
+def test_forwards_outside_no_grad_keep_the_same(policy, positions):
+    model = tiny.model()
+    ids = tiny.prompts((40,))["input_ids"]
+    kept, logits = [], []
+    for grad in (False, True):
+        with policy(budget=12, positions=positions)(model), torch.set_grad_enabled(grad):
+            cache = model(ids).past_key_values
+            for token in range(5, 12):
+                out = model(torch.tensor([[token]]), past_key_values=cache).logits
+        kept.append(torch.stack(cache.kept_positions()))
+        logits.append(out.detach())
+    assert torch.equal(*kept) and torch.equal(*logits)
+
+
 def test_blocks_do_not_nest_and_may_be_entered_again():
     model, other = tiny.model(), tiny.model(seed=1)
     ids = tiny.prompts((20,))["input_ids"]
@@ -278,14 +371,191 @@ def test_bytes_stay_flat_while_decoding():
 
 def test_crop_before_anything_was_dropped_and_not_after():
     model = tiny.model()
-    with H2O(budget=32)(model), torch.no_grad():
-        cache = TokenCache(model, H2O(budget=32))
+    with Sinks(budget=32)(model), torch.no_grad():
+        cache = TokenCache(model, Sinks(budget=32))
         model(tiny.prompts((20,))["input_ids"], past_key_values=cache)
         cache.crop(-3)
         assert cache.get_seq_length() == 17 and cache.length == 17
         model(tiny.prompts((40,))["input_ids"], past_key_values=cache)
         with pytest.raises(CacheMisuse, match="cannot go back"):
             cache.crop(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", BY_ATTENTION, ids=_slug)
+def test_after_a_crop_nothing_is_dropped_by_scores_that_count_what_is_gone(policy):
+    model = tiny.model(dtype=torch.float64)
+    ids = tiny.prompts((60,))["input_ids"]
+    made = policy(budget=48)
+    with attached(model):
+        cache, fresh = TokenCache(model, made), TokenCache(model, made)
+        model(ids[:, :40], past_key_values=cache)
+        for token in (5, 6, 7):
+            model(torch.tensor([[token]]), past_key_values=cache)
+        cache.crop(-3)
+        # While all fits it goes on as any cache.
+        got = model(ids[:, 40:48], past_key_values=cache).logits
+        assert torch.allclose(got, model(ids[:, :48], use_cache=False).logits[:, 40:], atol=1e-9)
+        with pytest.raises(CacheMisuse, match=r"taken back .* with crop, and .*budget=48.* cache\.reset\(\)"):
+            model(ids[:, 48:49], past_key_values=cache)
+        cache.reset()
+        for each in (cache, fresh):
+            model(ids, past_key_values=each)
+    for one, two in zip(cache.kept_positions(), fresh.kept_positions(), strict=True):
+        assert one.shape[-1] == 48 and torch.equal(one, two)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", BY_THEMSELVES, ids=_slug)
+def test_after_a_crop_policies_without_attention_drop_as_if_nothing_had_been_there(policy):
+    model = tiny.model(dtype=torch.float64)
+    ids = tiny.prompts((60,))["input_ids"]
+    with attached(model):
+        cache, fresh = (TokenCache(model, policy(budget=48)) for _ in range(2))
+        model(ids[:, :43], past_key_values=cache)
+        cache.crop(-3)
+        model(ids[:, :40], past_key_values=fresh)
+        for each in (cache, fresh):
+            model(ids[:, 40:], past_key_values=each)
+    for one, two in zip(cache.kept_positions(), fresh.kept_positions(), strict=True):
+        assert one.shape[-1] == 48 and torch.equal(one, two)
+
+
+@torch.no_grad()
+def test_after_a_crop_padding_may_still_be_dropped():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.prompts((36, 16))
+    with attached(model):
+        cache = TokenCache(model, H2O(budget=36))
+        model(**inputs, past_key_values=cache)
+        cache.crop(-2)
+        cache.select(torch.tensor([1]))
+        for token in range(5, 13):
+            model(torch.tensor([[token]]), past_key_values=cache, position_ids=cache.seen[:, None])
+    for layer, kept in zip(cache.layers, cache.kept_positions(), strict=True):
+        assert layer.size == 36 and torch.equal(kept[0, 0][kept[0, 0] >= 0], torch.arange(22))
+
+
+# A keyboard interrupt ends a forward past the hooks that torch always calls.
+@pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
+@pytest.mark.parametrize("after", (0, 1))
+def test_a_cache_whose_forward_failed_halfway_is_refused_until_it_is_reset(after, error):
+    model = tiny.model(dtype=torch.float64)
+    ids = tiny.prompts((40,))["input_ids"]
+    token = torch.tensor([[5]])
+    fails = [False]
+
+    def fault(module, args):
+        if fails[0]:
+            raise error("fault")
+
+    with H2O(budget=16)(model), torch.no_grad():
+        cache = model(ids).past_key_values
+        peak = cache.peak_nbytes
+        wanted = model(token, past_key_values=cache.fork()).logits
+        # Nothing was written yet when a forward fails before its first layer.
+        hook = model.model.embed_tokens.register_forward_pre_hook(fault)
+        fails[0] = True
+        with pytest.raises(error, match="fault"):
+            model(token, past_key_values=cache)
+        fails[0] = False
+        hook.remove()
+        assert torch.equal(model(token, past_key_values=cache.fork()).logits, wanted)
+        model.model.layers[after].mlp.register_forward_pre_hook(fault)
+        fails[0] = True
+        with pytest.raises(error, match="fault"):
+            model(token, past_key_values=cache)
+        fails[0] = False
+        for each in (copy.deepcopy(cache), cache):
+            with pytest.raises(CacheMisuse, match=r"failed halfway.*cache\.reset\(\)"):
+                model(token, past_key_values=each)
+        cache.reset()
+        assert cache.peak_nbytes == 0
+        model(ids, past_key_values=cache)
+        assert cache.peak_nbytes == peak
+        assert torch.equal(model(token, past_key_values=cache).logits, wanted)
+
+
+@torch.no_grad()
+def test_reset_forgets_drafts_that_were_never_committed():
+    model = tiny.model(dtype=torch.float64)
+    ids = tiny.prompts((40,))["input_ids"]
+    policy = Keyformer(budget=64, rise=5)
+    with attached(model):
+        cache, fresh = TokenCache(model, policy), TokenCache(model, policy)
+        model(ids, past_key_values=cache)
+        cache.stage(deferred=True)
+        model(ids[:, :4], past_key_values=cache)
+        cache.reset()
+        for each in (cache, fresh):
+            model(ids, past_key_values=each)
+    for one, two in zip(cache.layers, fresh.layers, strict=True):
+        assert one.pending is None
+        for name in ("mass", "step"):
+            assert torch.equal(one.state[name], two.state[name])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    (
+        None,
+        H2O(budget=16),
+        H2O(budget=16, positions="rolling"),
+        Sinks(budget=16, bits=8, residual=4),
+        Oracle(budget=12, bits=4, residual=4),
+        Oracle(budget=12, offload=True),
+    ),
+    ids=str,
+)
+def test_a_cache_filled_in_inference_mode_goes_on_outside(policy):
+    model = tiny.model()
+    ids = tiny.prompts((160,))["input_ids"]
+    results = []
+    for inside in (torch.no_grad, torch.inference_mode):
+        with policy(model) if policy else attached(model):
+            cache = TokenCache(model, policy)
+            with inside():
+                model(ids[:, :150], past_key_values=cache)
+                for place in range(150, 153):
+                    model(ids[:, place : place + 1], past_key_values=cache)
+            results.append(model.generate(ids[:, :154], past_key_values=cache, do_sample=False, max_new_tokens=140))
+    assert torch.equal(*results)
+
+
+def test_a_copy_of_an_explicit_cache_outlives_it():
+    model = tiny.model()
+    ids = tiny.prompts((40,))["input_ids"]
+    token = torch.tensor([[5]])
+    cache = H2O(budget=16).cache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        twin, other = copy.deepcopy(cache), cache.fork()
+        wanted = model(token, past_key_values=cache).logits
+        del cache
+        gc.collect()
+        assert torch.equal(model(token, past_key_values=twin).logits, wanted)
+        del twin
+        assert torch.equal(model(token, past_key_values=other).logits, wanted)
+        del other
+    assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_rolling_positions_are_as_exact_far_out_as_at_the_start():
+    model = tiny.model()
+    with attached(model):
+        near = TokenCache(model, H2O(budget=12, positions="rolling"))
+        model(tiny.prompts((30,))["input_ids"], past_key_values=near)
+        far = near.fork()
+        # Keys stand as at position 0, so only the counts of what was read differ.
+        far._seen = far.seen + 10_000_000
+        for slots in (far.slots, *(layer.slots for layer in far.layers)):
+            slots.positions = slots.places(1, far.device) + 10_000_000
+        logits = [
+            model(torch.tensor([[5]]), past_key_values=each, position_ids=each.seen[:, None]).logits
+            for each in (near, far)
+        ]
+    assert torch.allclose(*logits, atol=1e-3)
 
 
 @torch.no_grad()

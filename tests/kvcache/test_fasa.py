@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,17 @@ def test_plans_are_saved_and_refused_for_other_models(tmp_path):
         model.generate(tiny.prompts((30,))["input_ids"], max_new_tokens=4)
     with pytest.raises(ResourceError, match="was made for"), policy(other := tiny.model("qwen3")):
         other.generate(tiny.prompts((30,))["input_ids"], max_new_tokens=4)
+    # Another precision has the same weights, and another training has not.
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        FASAPlan.load(tmp_path / "plan.safetensors", tiny.model().to(dtype))
+    for wrong in (tiny.model(seed=5), tiny.model(seed=5).half()):
+        with pytest.raises(ResourceError, match="other weights"):
+            FASAPlan.load(tmp_path / "plan.safetensors", wrong)
+    facts = json.loads(plan.model)
+    del facts["weights"]
+    FASAPlan(plan.agreement, plan.planes, json.dumps(facts)).save(tmp_path / "older.safetensors")
+    with pytest.raises(ResourceError, match="does not say what weights"):
+        FASAPlan.load(tmp_path / "older.safetensors", model)
     with pytest.raises(ResourceError, match="cannot read"), FASA(plan=str(tmp_path / "none"))(model):
         model.generate(tiny.prompts((30,))["input_ids"], max_new_tokens=4)
 

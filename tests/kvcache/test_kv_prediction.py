@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 
 import pytest
@@ -251,6 +252,62 @@ def test_beams_chunks_and_both_doors_run_on_one_predicted_prompt():
     assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks
 
 
+@torch.no_grad()
+def test_transformers_assisted_generation_is_refused_and_other_first_forwards_are_not():
+    """Its first forward carries prompt and drafts, and a prediction has outputs for the last of them alone."""
+    from tokenry.speculation import PromptLookup, TokenRecycling
+
+    model = tiny.model(dtype=torch.float64)
+    identical(model).serve(model)
+    ids = tiny.prompts((40,))["input_ids"]
+    ids[:, 30:] = ids[:, 20:30]  # something to look up
+    wanted = model.generate(ids, **GREEDY)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny.model(dtype=torch.float64)}):
+        with KVPrediction()(model), pytest.raises(CacheMisuse, match="Tokenry's drafters"):
+            model.generate(ids, **options, **GREEDY)
+    with KVPrediction()(model):
+        assert torch.equal(model.generate(ids, **GREEDY), wanted)
+        for drafter in (PromptLookup(), TokenRecycling()):
+            assert torch.equal(model.generate(ids, custom_generate=drafter, **GREEDY), wanted)
+        for options in ({}, {"logits_to_keep": 0}, {"logits_to_keep": 1}):
+            assert int(model(ids, **options).logits[0, -1].argmax()) == int(wanted[0, 40])
+
+
+@torch.no_grad()
+def test_drafters_learn_from_the_end_of_a_long_prompt(monkeypatch):
+    """Tokenry's own loop asks for several rows of logits, and takes those that are numbers."""
+    from tokenry.generation import session
+    from tokenry.speculation import TokenRecycling
+
+    monkeypatch.setattr(session, "_PROMPT_LOGITS", 1)
+    model = tiny.model(dtype=torch.float64)
+    identical(model).serve(model)
+    ids = tiny.prompts((90,))["input_ids"]
+    with KVPrediction()(model):
+        wanted = model.generate(ids, **GREEDY)
+        kept = []
+        hook = model.register_forward_pre_hook(
+            lambda module, args, kwargs: kept.append(kwargs.get("logits_to_keep")), with_kwargs=True
+        )
+        assert torch.equal(model.generate(ids, custom_generate=TokenRecycling(), **GREEDY), wanted)
+        hook.remove()
+    assert kept[0] == 64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", ((40, 12), (40, 29, 1), (33, 17), (33, 16)))
+def test_rows_of_a_padded_prompt_in_chunks_equal_the_rows_alone(lengths):
+    """Rows may be padding up to the end of the first chunk, and further."""
+    model = tiny.model(dtype=torch.float64)
+    identical(model).serve(model)
+    inputs = tiny.prompts(lengths)
+    with KVPrediction()(model):
+        both = model.generate(**inputs, **GREEDY, prefill_chunk_size=16)
+        for row, length in enumerate(lengths):
+            ids = inputs["input_ids"][row : row + 1, -length:]
+            assert torch.equal(both[row, -8:], model.generate(ids, **GREEDY, prefill_chunk_size=16)[0, -8:])
+
+
 def test_threads_with_predictors_of_their_own_do_not_meet():
     models = [tiny.model(seed=seed) for seed in (0, 1)]
     shared = strange(models[0])
@@ -497,6 +554,43 @@ def test_trainer_makes_a_predictor_that_the_policy_finds(tmp_path, monkeypatch):
             cache = done.past_key_values
             total -= float(done.logits[0, -1].log_softmax(-1)[ids[0, step + 1]])
     assert found["predicted"] == pytest.approx(total / 8, rel=1e-4)
+
+
+def test_trainer_says_what_it_would_not_heed(tmp_path):
+    with pytest.raises(BadParameter, match=r"share=0\.25 .* left out beside auxiliary"):
+        KVPredictionTrainer(auxiliary="x", share=0.25)
+    assert KVPredictionTrainer(auxiliary="x").share == 0.5
+    texts = [" ".join(f"w{(7 * i + j * j) % 80}" for j in range(120)) for i in range(12)]
+    trainer = KVPredictionTrainer(length=32, batch=4, precision="float32")
+    with pytest.raises(BadParameter, match="steps=0"):
+        run(trainer, tiny.model(), tiny.tokenizer(), texts, tmp_path, steps=0, seed=0)
+
+
+def test_a_predictor_is_refused_by_other_weights_in_every_precision(tmp_path):
+    model = tiny.model()
+    strange(model).save(tmp_path, model)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert KVPredictor.load(tmp_path, tiny.model().to(dtype)).auxiliary.dtype == dtype
+        with pytest.raises(ResourceError, match="other weights"):
+            KVPredictor.load(tmp_path, tiny.model(seed=5).to(dtype))
+
+
+def test_a_note_that_lacks_something_is_refused_by_what_it_lacks(tmp_path):
+    model = tiny.model()
+    strange(model).save(tmp_path, model)
+    file = tmp_path / "predictor.json"
+    note = json.loads(file.read_text())
+    for change, lacks in (
+        ({"base": None}, "lacks base:"), ({"base": {}}, "lacks base.class, base.name, base.weights:"),
+        ({"layer_map": None}, "lacks layer_map:"), ({"layer_map": ["a"]}, "lacks layer_map:"),
+        ({"kind": "other"}, "does not describe"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(note | change))
+        with pytest.raises(ResourceError, match=lacks):
+            KVPredictor.load(tmp_path, model)
+    file.write_text("[]")
+    with pytest.raises(ResourceError, match="does not describe"):
+        KVPredictor.load(tmp_path, model)
 
 
 def test_trainer_resumes_to_the_same_weights(tmp_path):

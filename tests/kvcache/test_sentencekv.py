@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import itertools
+import os
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.contracts.registered import at_hand, registered
+from tests.contracts.test_policies import small
 from tests.kvcache import test_engine_retrieval as engine
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse, ResourceError
-from tokenry.kvcache import SentenceKV
+from tokenry.kvcache import SentenceKV, sentencekv
 from tokenry.kvcache.sentencekv import sentence_ends
 from tokenry.methods import parameters
 from tokenry.models import TokenCache, attached
@@ -127,16 +135,25 @@ def test_chosen_tokens_are_those_of_the_closest_sentences(policy):
 
 
 @torch.no_grad()
-def test_candidates_and_means_are_those_of_the_last_queries():
-    model = tiny.model(dtype=torch.float64)
+@pytest.mark.parametrize("kind", ("llama", "gemma2"))
+def test_candidates_and_means_are_those_of_the_last_queries(kind):
+    """Bounded logits judge, too, where the model bounds them."""
+    model = tiny.model(kind, torch.float64)
+    bound = 1.0 if kind == "gemma2" else None
+    for module in model.modules():
+        if bound is not None and hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = bound
     policy = SentenceKV(budget=8, **SMALL)
     text = tiny.prompts((60,), seed=2)["input_ids"]
     with policy(model):
         cache = model(text).past_key_values
-    for layer in cache.layers:
+    ruled = [layer for layer in cache.layers if layer.window is None]
+    assert ruled
+    for layer in ruled:
         keys, _ = layer.held()
         queries = layer.state["window"]
         logits = torch.einsum("hwd,hsd->hws", queries[0], keys[0].repeat_interleave(2, 0)) * layer.scaling
+        logits = logits if bound is None else bound * torch.tanh(logits / bound)
         late = torch.arange(60) > torch.arange(56, 60)[:, None]
         worth = logits.masked_fill(late, float("-inf")).softmax(-1).sum(1).view(2, 2, 60).sum(1)
         ids = text[0].tolist()
@@ -296,6 +313,18 @@ def test_ends_are_read_from_the_tokenizer(tmp_path):
     model = tiny.model()
     ends = SentenceKV(tokenizer=str(tmp_path)).prepare(model)
     assert ends.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 6, 7, 9, 11]
+    # The vocabulary is spelled once, until the folder has another tokenizer, and no model is kept for it.
+    again = tiny.model(seed=1)
+    known = weakref.ref(again)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sentencekv, "sentence_ends", lambda tokenizer: (7,))
+        assert torch.equal(SentenceKV(tokenizer=str(tmp_path)).prepare(again), ends)
+        os.utime(tmp_path / "tokenizer.json", ns=(1, 2**62))
+        assert SentenceKV(tokenizer=str(tmp_path)).prepare(again).nonzero().tolist() == [[7]]
+    sentencekv._ends_of.cache_clear()
+    del again
+    gc.collect()
+    assert known() is None
     with pytest.raises(ResourceError, match="needs a tokenizer"), SentenceKV()(model):
         model.generate(tiny.prompts((10,))["input_ids"], max_new_tokens=2)
     with pytest.raises(ResourceError, match="none that loads"):
@@ -323,3 +352,67 @@ def test_an_explicit_cache_reads_ids_and_lets_go_of_the_model():
     assert torch.equal(model.generate(**inputs, **engine.GREEDY, past_key_values=cache), wanted)
     del cache
     assert not model.get_input_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("cls", registered("policy"), ids=lambda cls: cls.slug)
+def test_every_policys_block_is_entered_again_and_by_several_threads(cls):
+    """One block of each policy, SentenceKV's with its hooks among them."""
+    model = tiny.model()
+    at_hand(cls, model)
+    ids = tiny.prompts((40,))["input_ids"]
+    block = small(cls, compact_every=1)(model)
+    gate = threading.Barrier(2)
+
+    def generated(_=None):
+        with block:
+            return model.generate(ids, **engine.GREEDY)
+
+    def run(number):
+        with block:
+            gate.wait(timeout=60)
+            tokens = model.generate(ids, **engine.GREEDY)
+            gate.wait(timeout=60)
+        # One thread leaves while the other is inside.
+        return tokens, *(generated() for _ in range(1 + number))
+
+    wanted = generated()
+    assert torch.equal(generated(), wanted)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(run, range(2)):
+            assert all(torch.equal(tokens, wanted) for tokens in found)
+    assert torch.equal(generated(), wanted)
+    for module in (model, model.base_model, model.get_input_embeddings()):
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_interrupted_forward_leaves_no_thread_inside():
+    """Torch runs no hook behind what is not an Exception."""
+    model = tiny.model()
+    ids = tiny.prompts((20,))["input_ids"]
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), POLICIES[0](model):
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        model(ids)
+    hook.remove()
+    assert sentencekv._thread.depth == 0 and sentencekv._thread.ids is None
+    with pytest.raises(CacheMisuse, match="reads the ids"), attached(model):
+        model(ids, past_key_values=TokenCache(model, POLICIES[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", ((300,), (300, 140)))
+def test_an_offloaded_prompt_is_judged_before_it_goes(lengths):
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.prompts(lengths)
+    caches = []
+    for offload in (False, True):
+        with dataclasses.replace(POLICIES[0], offload=offload)(model):
+            caches.append(model(**inputs).past_key_values)
+    assert caches[1].copied_slots() == 0 and caches[1].offloaded_nbytes() > 0
+    for one, two in zip(*(cache.layers for cache in caches), strict=True):
+        assert one.state.keys() == two.state.keys()
+        assert all(torch.equal(one.state[name], two.state[name]) for name in one.state)

@@ -118,7 +118,7 @@ def test_running_for_fewer_tokens_equals_hiding_them():
 def test_decoding_keeps_each_layers_budget_in_cascade(every):
     model = tiny.model()
     policy = SpAtten(budget=12, dense=0, compact_every=every)
-    assert policy._schedule(3) == [18, 12, 6]
+    assert [policy.slots(share, 41) for share in policy._schedule(3)] == [18, 12, 6]
     with policy(model):
         cache = model(tiny.prompts((41,))["input_ids"]).past_key_values
         for step in range(20):
@@ -136,7 +136,9 @@ def test_schedules():
     assert sum(shares) / 9 == pytest.approx(0.45) and shares[0] == pytest.approx(0.675)
     assert all(one - two == pytest.approx((shares[0] - shares[8]) / 8) for one, two in itertools.pairwise(shares))
     assert SpAtten(budget=0.9)._schedule(3) == pytest.approx([1.0, 0.9, 0.8])
-    assert SpAtten(budget=64, spread=0.25)._schedule(5) == [80, 72, 64, 56, 48] and SpAtten()._schedule(1) == [0.45]
+    counted = SpAtten(budget=64, spread=0.25)
+    assert [counted.slots(share, 400) for share in counted._schedule(5)] == [80, 72, 64, 56, 48]
+    assert SpAtten()._schedule(1) == [0.45] and counted._schedule(1) == [1]
     config = tiny.config("llama")
     for layers, dense, heads in ((24, 4, 8), (12, 3, 4), (6, 3, 2), (3, 1, 1)):
         config.num_hidden_layers = layers
@@ -144,6 +146,30 @@ def test_schedules():
         assert sorted(plan.budgets) == list(range(dense, layers))
         assert sorted(plan.heads) == list(range(heads, layers)) and plan.heads[layers - 1] == 2
         assert list(plan.heads.values()) == sorted(plan.heads.values(), reverse=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", (4, 8))
+def test_a_counted_budget_is_the_mean_of_the_layers_whatever_the_prompt(layers):
+    """Below the first layer's count the schedule is narrowed, as that of a share is; counts are rounded."""
+    config = tiny.config("llama")
+    config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with SpAtten(budget=32, dense=0)(model):
+        for length in (20, 32, 33, 40, 47, 48, 100):
+            sizes = [layer.size for layer in model(tiny.prompts((length,))["input_ids"]).past_key_values.layers]
+            assert sum(sizes) / layers == pytest.approx(min(length, 32), abs=0.5 / layers)
+            assert sizes == sorted(sizes, reverse=True) and sizes[0] == min(length, 48)
+        # Each row of a batch as it is alone.
+        cache = model(**tiny.prompts((100, 40))).past_key_values
+        assert [layer.budgets() for layer in (cache.layers[0], cache.layers[-1])] == [[48, 40], [16, 24]]
+
+
+def test_a_model_whose_layers_would_all_stay_dense_is_refused():
+    for model in (tiny.model(), tiny.model("gemma2")):
+        with pytest.raises(BadParameter, match=r"dense=9.*attends in full"), SpAtten(dense=9)(model):
+            model(tiny.prompts((10,))["input_ids"])
 
 
 @torch.no_grad()

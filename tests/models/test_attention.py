@@ -33,6 +33,38 @@ def test_padded_batch_generates_as_on_the_models_own_attention(kind):
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("kind", ("llama", "gemma2"))
+def test_padding_over_whole_chunks_of_a_prompt_leads_its_row(kind):
+    model = tiny.model(kind)
+    inputs = tiny.prompts((40, 9, 24))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    wanted = model.generate(**inputs, **options)
+    with attached(model):
+        cache = TokenCache(model)
+        got = model.generate(**inputs, **options, prefill_chunk_size=8, past_key_values=cache)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert cache._lead.tolist() == [0, 31, 16] and not cache._ragged
+    real = torch.cat([inputs["attention_mask"].bool(), torch.ones(3, 5, dtype=torch.bool)], 1)
+    for mine, own in zip(cache.to_dynamic().layers, wanted.past_key_values.layers, strict=True):
+        assert mine.keys.shape == own.keys.shape
+        for row, columns in enumerate(real[:, -own.keys.shape[2] :]):
+            for one, two in ((mine.keys, own.keys), (mine.values, own.values)):
+                assert torch.allclose(one[row][:, columns], two[row][:, columns], atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_over_a_whole_chunk_on_the_models_own_attention_leads_its_row():
+    model = tiny.model()
+    inputs = tiny.prompts((20, 9))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = TokenCache(model)
+    model(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache, position_ids=places[:, :8])
+    with attached(model):
+        model(ids[:, 8:], attention_mask=mask, past_key_values=cache, position_ids=places[:, 8:])
+    assert cache._lead.tolist() == [0, 11] and cache.seen.tolist() == [20, 9]
+
+
 @pytest.mark.parametrize("kind", tiny.SERVED)
 def test_tree_nodes_see_their_ancestors_alone(kind):
     model = tiny.model(kind, torch.float64)

@@ -48,6 +48,31 @@ def test_output_rows_and_sums_equal_the_full_matrix(count, padded, softcap, dtyp
         assert torch.allclose(some, grouped[:, :, count // 2 :], **close)
 
 
+@pytest.mark.parametrize("count", (1, 40, 300))
+def test_products_too_large_for_float16_before_they_are_scaled_are_not_lost(count):
+    generator = torch.Generator().manual_seed(0)
+    # Products of about 80,000, of which an eighth counts and of that the differences between keys.
+    common = torch.full((64,), 36.0)
+    query = (common + torch.randn(1, 4, count, 64, generator=generator)).half()
+    key = (common + 0.05 * torch.randn(1, 2, 300, 64, generator=generator)).half()
+    value = torch.randn(1, 2, 300, 64, generator=generator).half()
+    wide = [states.double().repeat_interleave(4 // states.shape[1], 1) for states in (query, key, value)]
+    assert float((wide[0] @ wide[1].transpose(-1, -2)).min()) > 65504
+    rows = AttentionRows(query, key, None, count > 1, 0.125)
+    output = rows.attend(value)
+    assert bool(torch.isfinite(output).all()) and bool(torch.isfinite(rows.column_sums()).all())
+    assert torch.allclose(rows.column_sums().sum(-1), torch.tensor(2.0 * count), rtol=1e-2)
+
+
+@pytest.mark.parametrize("scaling", (0.125, 0.3, 1.0))
+def test_float16_logits_are_rounded_no_more_than_the_product(scaling):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, 20, 64, generator=generator).half() for heads in (4, 2))
+    logits = AttentionRows(query, key, torch.ones(1, 1, 20, 20, dtype=torch.bool), False, scaling).logits()
+    exact = (query.double() @ key.double().repeat_interleave(2, 1).transpose(-1, -2) * scaling).view(1, 2, 2, 20, 20)
+    assert float(((logits - exact).abs() / exact.abs().clamp(min=scaling)).max()) <= 2**-11 * 1.01
+
+
 def test_half_precision_sums_keep_the_mass():
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, heads, 400, 16, generator=generator).bfloat16() for heads in (4, 2))

@@ -39,6 +39,8 @@ class BasePolicy(Method):
 
     role: ClassVar[str] = "policy"
     needs_attention: ClassVar[bool] = False
+    # Whether what it needs of a prompt is sums over all its rows, and not the last rows alone.
+    sums: ClassVar[bool] = True
     # Whether it has a `passes` of its own.
     skips: ClassVar[bool] = False
     # Whether layers may hold different tokens though none is dropped.
@@ -181,8 +183,7 @@ class BudgetedPolicy(BasePolicy):
 
     def slots(self, share: float, length: int) -> int:
         """Slots that a share of ``length`` tokens gives."""
-        # 0.29 * 100 is a little less than 29.
-        return max(math.floor(share * length + 1e-9), self.least())
+        return max(part(share, length), self.least())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,9 +353,10 @@ class PredictionPolicy(BasePolicy):
     """A rule for the keys and values that a cache begins with, in place of those that the model would compute.
 
     Only the last token of the prompt runs through the model, against what was predicted for the others; whatever comes
-    later runs as usual, further turns and the later chunks of a prompt in chunks too. The cache keeps every token. The
-    prompt's outputs are NaN but for its last token's. ``cache.computed_share()`` says which share of the tokens the
-    model's own layers ran for.
+    later runs as usual, further turns and the later chunks of a prompt in chunks too, and so does a first chunk in
+    which a row has nothing but padding. The cache keeps every token. The prompt's outputs are NaN but for its last
+    token's; transformers' assisted generation, which asks for more of them, is refused. ``cache.computed_share()`` says
+    which share of the tokens the model's own layers ran for.
     """
 
     skips: ClassVar[bool] = True
@@ -382,11 +384,25 @@ class PredictionPolicy(BasePolicy):
             raise CacheMisuse(f"{self.slug} predicts from ids: pass input_ids for the prompt, not inputs_embeds")
         if ids.shape[1] == 1:
             return
+        own = cache._staged is not None
         valid = cache.staged(inputs.get("attention_mask"), ids.shape[1])
-        if valid is not None and not bool(valid[:, -1].all()):
-            raise BadPrompt(
-                f"{self.slug}: the prompt is padded on the right: pad it on the left (tokenizer.padding_side = 'left')"
+        # The first forward of assisted generation carries the prompt and drafts, whose rows would not be computed.
+        # Tokenry's loop stages what it feeds, and may learn from as many rows of a prompt as are there.
+        rows = inputs.get("logits_to_keep")
+        if isinstance(rows, int) and rows > 1 and not own:
+            raise CacheMisuse(
+                f"{self.slug} computes the last row of a prompt alone, and its first forward asks for {rows} rows of "
+                "logits, as transformers' assisted generation and prompt lookup do: draft with Tokenry's drafters, "
+                "such as custom_generate=PromptLookup()"
             )
+        if valid is not None and not bool(valid[:, -1].all()):
+            if bool((valid.any(-1) & ~valid[:, -1]).any()):
+                raise BadPrompt(
+                    f"{self.slug}: the prompt is padded on the right: pad it on the left "
+                    "(tokenizer.padding_side = 'left')"
+                )
+            # The first chunk of a prompt, and a row that begins in a later one has no last token here to run.
+            return
         mask = None if valid is None else valid[:, :-1]
         positions = inputs.get("position_ids")
         positions = None if positions is None else positions[..., :-1].expand(ids.shape[0], -1)
@@ -465,6 +481,12 @@ class SkippingPolicy(BudgetedPolicy):
         return False
 
 
+def part(share: float, count: int) -> int:
+    """A share of ``count`` slots or tokens, rounded down."""
+    # 0.29 * 100 is a little less than 29.
+    return math.floor(share * count + 1e-9)
+
+
 def age_first(layer: TokenLayer, recent: int) -> Tensor:
     """Which slots are among the ``recent`` newest real tokens of their row, ``[batch, 1 or kv_heads, slots]``."""
     positions = layer.slots.places(layer.cache.batch, layer.device)
@@ -494,5 +516,5 @@ def scramble(positions: Tensor, heads: int, seed: int) -> Tensor:
 __all__ = [
     "AttentionRows", "BasePolicy", "BudgetedPolicy", "CacheMisuse", "CachePolicy", "PredictionPolicy",
     "RetrievalPolicy", "SkippingPolicy", "TokenLayer", "age_first", "marked", "members",
-    "scramble",
+    "part", "scramble",
 ]  # fmt: skip

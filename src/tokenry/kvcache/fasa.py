@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from tokenry.errors import BadPrompt, ResourceError
 from tokenry.kvcache.engine import AttentionRows, RetrievalPolicy, TokenLayer
-from tokenry.models import TokenCache, anatomy, attached, context_length, planes
+from tokenry.models import TokenCache, anatomy, attached, context_length, loaded_name, planes
+from tokenry.models.fingerprint import describe, is_described
 
 _SAMPLE = 1024
 _CHUNK = 8
@@ -32,7 +33,7 @@ class FASAPlan:
             logits that are also among the ``k`` largest of the plane alone, averaged over decode steps (section 3.2 of
             the paper).
         planes: Dimensions of each plane ``[planes, 2]``.
-        model: What the plan was made for; a plan of another shape is refused.
+        model: What the plan was made for, the model's shape, positions and weights, as JSON; other models are refused.
     """
 
     agreement: Tensor
@@ -48,7 +49,7 @@ class FASAPlan:
         steps: int = 64,
         layout: Literal["model", "adjacent"] = "model",
     ) -> FASAPlan:
-        """Measure a model's planes on a text.
+        """Measure a model's planes on a text, and note whose they are.
 
         Args:
             model: The model.
@@ -67,6 +68,13 @@ class FASAPlan:
                 f"{input_ids.shape[1]} tokens are too few to compare sets of {k} over {steps} steps: give at least "
                 f"{4 * k + steps}, or a smaller k"
             )
+        return cls(*cls._measured(model, input_ids, k, steps, layout), _made_for(model))
+
+    @staticmethod
+    def _measured(
+        model: PreTrainedModel, input_ids: Tensor, k: int, steps: int, layout: str = "model"
+    ) -> tuple[Tensor, Tensor]:
+        """Agreement and planes."""
         parts = anatomy(model)
         dims = planes(model, parts.head_dim)
         if layout == "adjacent":
@@ -79,7 +87,7 @@ class FASAPlan:
             model(input_ids.to(model.device).clone(), past_key_values=cache, use_cache=True)
         none = torch.zeros(1, parts.heads, len(dims), device=model.device)
         found = [layer.state.get("agreement", none).mean(0).float() for layer in cache.layers]
-        return cls(torch.stack(found).cpu(), dims, _fingerprint(model))
+        return torch.stack(found).cpu(), dims
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a safetensors file."""
@@ -90,7 +98,7 @@ class FASAPlan:
         """Read a plan of ``model``.
 
         Raises:
-            ResourceError: There is no plan there, or it was made for a model of another shape.
+            ResourceError: There is no plan there, or it was made for a model of another shape or other weights.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -98,9 +106,20 @@ class FASAPlan:
                 plan = cls(file.get_tensor("agreement"), file.get_tensor("planes"), made_for)
         except (OSError, SafetensorError) as error:
             raise ResourceError(f"cannot read a plan at {path} ({error}): make one with FASAPlan.calibrate") from error
-        if plan.model != _fingerprint(model):
+        try:
+            facts = json.loads(made_for)
+            weights = facts.pop("weights")
+            right = is_described(weights, model)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ResourceError(
-                f"the plan at {path} was made for {plan.model}, not for {_fingerprint(model)}: calibrate this model"
+                f"the plan at {path} does not say what weights it was made for: make a new one with FASAPlan.calibrate"
+            ) from error
+        if facts != (own := json.loads(json.dumps(_shape(model), default=str))):
+            raise ResourceError(f"the plan at {path} was made for {facts}, not for {own}: calibrate this model")
+        if not right:
+            raise ResourceError(
+                f"the plan at {path} was made for {weights['class']} {weights['name']!r}, and this "
+                f"{type(model).__name__} ({loaded_name(model)!r}) has other weights: calibrate this model"
             )
         return plan
 
@@ -110,16 +129,19 @@ class FASAPlan:
         return self.agreement.topk(count, -1).indices.sort(-1).values
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def _made_for(model: PreTrainedModel) -> str:
+    return json.dumps(_shape(model) | {"weights": describe(model)}, sort_keys=True, default=str)
+
+
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
     """The shape and the positions that a plan depends on."""
     parts = anatomy(model)
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None)
-    facts = {
+    return {
         "type": config.model_type, "layers": len(parts.layers), "heads": parts.heads, "kv_heads": parts.kv_heads,
         "head_dim": parts.head_dim, "rope": rope,
     }  # fmt: skip
-    return json.dumps(facts, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +275,8 @@ def _calibrated(model: PreTrainedModel) -> FASAPlan:
     """The plan of a model that brings none, made once."""
     with _lock:
         if model not in _plans:
-            _plans[model] = FASAPlan.calibrate(model, **_sample(model))
+            # Nobody saves it, so the weights need no hash.
+            _plans[model] = FASAPlan(*FASAPlan._measured(model, **_sample(model)), "")
         return _plans[model]
 
 

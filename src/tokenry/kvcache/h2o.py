@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first
+from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class H2O(CachePolicy):
         super().validate()
 
     def protected(self) -> int:
-        return math.floor(self.recent * self.budget)
+        return part(self.recent, int(self.budget))
 
     def least(self) -> int:
         # Without heavy hitters the newest tokens may hold the whole budget.

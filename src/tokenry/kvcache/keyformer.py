@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first
+from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first, part
 
 _ROWS = 256
 _WORD = 0xFFFF_FFFF
@@ -24,11 +24,13 @@ class Keyformer(CachePolicy):
     Each query adds ``softmax((x + noise) / temperature)`` of its logits ``x`` over the slots it sees; the noise never
     reaches the attention output. The query heads of a KV head share one draw, on the logarithm of the sum of their
     probabilities, and their score counts as many times as they are: with one query head a KV head, as in the paper's
-    models, this is its formula. The noise is a function of ``seed``, layer, KV head and the positions of query and
+    models, this is its formula; for more of them it is Tokenry's own, since rows of drafts that are committed have that
+    sum alone. The noise is a function of ``seed``, layer, KV head and the positions of query and
     slot, so runs repeat and rows do not depend on their batch.
 
     Args:
-        budget: Slots a layer and KV head after every forward, the newest included.
+        budget: Slots a layer and KV head after every forward, the newest included; 256 is the family's common default,
+            the paper's is 60 % of the prompt, ``budget=0.6``.
         recent: Share of the budget that the newest tokens hold, at least 4 of them (the official runs: 0.3).
         noise: ``"gumbel"`` is the paper's; ``"gaussian"`` has its mean and variance; with ``"none"`` and a temperature
             of 1 the score is H2O's.
@@ -54,7 +56,7 @@ class Keyformer(CachePolicy):
         super().validate()
 
     def protected(self) -> int:
-        return max(4, math.floor(self.recent * self.budget))
+        return max(4, part(self.recent, int(self.budget)))
 
     def least(self) -> int:
         return 5

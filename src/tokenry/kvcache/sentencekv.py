@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from tokenry.errors import CacheMisuse, ResourceError
 from tokenry.kvcache.engine import AttentionRows, RetrievalPolicy, TokenLayer, members
-from tokenry.models import TokenCache, loaded_name, path
+from tokenry.models import PolicyBlock, Slots, TokenCache, loaded_name, path
 from tokenry.vocabulary import token_bytes
 
 _MARKS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
@@ -57,6 +58,7 @@ class SentenceKV(RetrievalPolicy):
     """
 
     needs_attention: ClassVar[bool] = True
+    sums: ClassVar[bool] = False
 
     budget: int | float = 1024
     start: int = 32
@@ -84,7 +86,7 @@ class SentenceKV(RetrievalPolicy):
         embedding: Any = model.get_input_embeddings()
         size = embedding.weight.shape[0]
         ends = torch.zeros(size, dtype=torch.bool)
-        ids = self.ends or sentence_ends(_tokenizer(self, model))
+        ids = self.ends or _spelled_ends(self, model)
         ends[[number for number in ids if number < size]] = True
         return ends.to(model.device)
 
@@ -105,15 +107,16 @@ class SentenceKV(RetrievalPolicy):
         return {"mark": marks}
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> AbstractContextManager[PreTrainedModel]:
-        return _reading(model, super().__call__(model, *args, **kwargs))
+        super().__call__(model, *args, **kwargs)  # refuses what is no model
+        return _ReadingBlock(model, self)
 
     def cache(self, model: PreTrainedModel) -> TokenCache:
         cache = super().cache(model)
-        hooks, release = _hooks(model), cache.on_release
+        release = cache.on_release
+        _listen(model)
 
         def released() -> None:
-            for hook in hooks:
-                hook.remove()
+            _forgo(model)
             if release is not None:
                 release()
 
@@ -139,22 +142,35 @@ class SentenceKV(RetrievalPolicy):
             queries = queries.gather(2, newest[:, None, :, None].expand(-1, heads, -1, queries.shape[-1]))
             at = at.gather(1, newest)
         layer.state["window"], layer.state["window_at"] = queries, at
+        if rows.softcap is not None:
+            layer.state["softcap"] = torch.full((at.shape[0],), rows.softcap, device=at.device)
         layer.state.pop("listed", None)
+        if not layer.bits:
+            # Now, where the keys are at hand: behind the forward they may stand elsewhere.
+            slots = layer.slots.copy()
+            slots.append(count, rows.valid, own, at.shape[0], rows.key.device)
+            self._read(layer, rows.key, slots)
 
-    def _judged(self, layer: TokenLayer, order: Tensor, at: Tensor, length: Tensor) -> Tensor:
-        """Which tokens are candidates, bool ``[batch, kv_heads, tokens]``, tokens in the order of time."""
-        keys = layer.held()[0]
-        batch, heads, size, dim = keys.shape
+    def _judged(
+        self, layer: TokenLayer, keys: Tensor, seen: Tensor, order: Tensor, at: Tensor, length: Tensor
+    ) -> Tensor:
+        """Which tokens are candidates, bool ``[batch, kv_heads, tokens]``, tokens in the order of time.
+
+        Args:
+            keys: ``[batch, kv_heads, slots, head_dim]``.
+            seen: Which slots each query of the window sees, bool ``[batch, window, slots]``.
+            order: The slot of each token ``[batch, tokens]``.
+            at: Its position, likewise.
+            length: Real tokens of each row ``[batch]``.
+        """
+        heads, size = keys.shape[1:3]
         real = at < _FAR
         most = (self.factor * torch.tensor(layer.budgets(), device=keys.device)).long()
         if bool((length <= most).all()):
             return real[:, None].expand(-1, heads, -1)
-        queries, asked = layer.state["window"], layer.state["window_at"]
-        valid, places = layer.slots.materialise(batch, keys.device)
-        hidden = ~valid[:, :1, None] | (places[:, :1, None] > asked[:, None, :, None])
-        packed = queries.reshape(batch, heads, -1, dim)
-        logits = (packed @ keys.transpose(-1, -2)).to(torch.promote_types(keys.dtype, torch.float32)) * layer.scaling
-        logits = logits.view(batch, heads, -1, asked.shape[1], size).masked_fill(hidden[:, :, None], float("-inf"))
+        softcap = layer.state.get("softcap")
+        queries, cap = layer.state["window"], None if softcap is None else float(softcap[0])
+        logits = AttentionRows(queries, keys, seen[:, None], False, layer.scaling, cap).logits()
         # A query of padding sees nothing: its probabilities count as zero.
         worth = torch.nan_to_num(logits.softmax(-1)).sum((2, 3)).gather(-1, order[:, None].expand(-1, heads, -1))
         newest = at >= (length - self.window)[:, None]
@@ -166,12 +182,11 @@ class SentenceKV(RetrievalPolicy):
         within = torch.arange(size, device=keys.device) < most[:, None, None]
         return torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, ranked, within.expand_as(worth)) & real[:, None]
 
-    def _read(self, layer: TokenLayer) -> None:
-        """Group all that is held by sentences."""
-        keys = layer.held()[0]
+    def _read(self, layer: TokenLayer, keys: Tensor, held: Slots) -> None:
+        """Group all that is held by sentences, from its keys ``[batch, kv_heads, slots, head_dim]``."""
         batch, heads, size, dim = keys.shape
         device, wide = keys.device, torch.promote_types(keys.dtype, torch.float32)
-        valid, places = layer.slots.materialise(batch, device)
+        valid, places = held.materialise(batch, device)
         at = places[:, 0].masked_fill(~valid[:, 0], _FAR)
         at, order = at.sort(dim=-1, stable=True)
         real = at < _FAR
@@ -181,7 +196,8 @@ class SentenceKV(RetrievalPolicy):
         ended = (natural | (since % self.max_sentence == 0)) & real
         sentence = ended.long().cumsum(-1) - ended.long()
         count = int(sentence.max()) + 1
-        kept = self._judged(layer, order, at, length)
+        seen = valid[:, :1] & (places[:, :1] <= layer.state["window_at"][:, :, None])
+        kept = self._judged(layer, keys, seen, order, at, length)
         most = int(kept.sum(-1).max())
         listed = kept.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
         used = kept.gather(-1, listed)
@@ -276,7 +292,7 @@ class SentenceKV(RetrievalPolicy):
     def settled(self, layer: TokenLayer) -> None:
         state = layer.state
         if "listed" not in state:
-            self._read(layer)
+            self._read(layer, layer.held()[0], layer.slots)
             return
         (batch, heads), size, dim, device = layer.shape, layer.size, state["means"].shape[-1], layer.device
         covered = int(state["covered"][0])
@@ -328,8 +344,9 @@ class SentenceKV(RetrievalPolicy):
                 f"{self} judges the prompt by its last {self.window} queries, and all of them are taken back: start "
                 "from the whole prompt, or use a larger window"
             )
-        layer.state = {"window": layer.state["window"], "window_at": at}
-        self._read(layer)
+        layer.state = {name: part for name, part in layer.state.items() if name in ("window", "softcap")}
+        layer.state["window_at"] = at
+        self._read(layer, layer.held()[0], layer.slots)
 
     def _close(
         self, layer: TokenLayer, keys: Tensor, when: Tensor, tokens: Tensor, whose: Tensor, closing: Tensor, ends: int
@@ -379,13 +396,13 @@ def sentence_ends(tokenizer: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _tokenizer(policy: SentenceKV, model: PreTrainedModel) -> Any:
+def _spelled_ends(policy: SentenceKV, model: PreTrainedModel) -> tuple[int, ...]:
     where = policy.tokenizer or loaded_name(model)
     if where.startswith("tokenry/"):
         where = str(path(where))
     try:
         if where:
-            return AutoTokenizer.from_pretrained(where)
+            return _ends_of(where, max((file.stat().st_mtime_ns for file in Path(where).glob("*token*")), default=0))
         fault = "the model has no folder"
     except (OSError, ValueError, KeyError) as error:
         fault = f"{where!r} has none that loads ({str(error).strip().splitlines()[0]})"
@@ -395,29 +412,63 @@ def _tokenizer(policy: SentenceKV, model: PreTrainedModel) -> Any:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def _ends_of(where: str, changed: int) -> tuple[int, ...]:
+    """The ends of a tokenizer, whose whole vocabulary is spelled once for all caches until its files change."""
+    return sentence_ends(AutoTokenizer.from_pretrained(where))
+
+
+# Reading ids ---------------------------------------------------------------------------------------------------------
 _thread = threading.local()
+_lock = threading.RLock()
+# The hooks of each model that is read, and how many blocks and caches want them.
+_readers: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, list[RemovableHandle]]] = weakref.WeakKeyDictionary()
 
 
-@contextlib.contextmanager
-def _reading(model: PreTrainedModel, block: AbstractContextManager[PreTrainedModel]) -> Iterator[PreTrainedModel]:
-    with block:
-        hooks = _hooks(model)
-        try:
-            yield model
-        finally:
-            for hook in hooks:
-                hook.remove()
+class _ReadingBlock(PolicyBlock):
+    """A block whose policy is shown the ids that forwards look up."""
+
+    def __enter__(self) -> PreTrainedModel:
+        model = super().__enter__()
+        _listen(model)
+        _start_anew()
+        return model
+
+    def __exit__(self, *error: object) -> None:
+        _start_anew()
+        _forgo(self.model)
+        super().__exit__(*error)
 
 
-def _hooks(model: PreTrainedModel) -> list[RemovableHandle]:
-    """Note which ids are looked up in this thread until a forward has used them; decoders that feed embeddings look up
+def _listen(model: PreTrainedModel) -> None:
+    """Note which ids are looked up in each thread until a forward has used them; decoders that feed embeddings look up
     the ids of their tokens, too."""
-    modules = dict.fromkeys((model, model.base_model))
-    return [
-        model.get_input_embeddings().register_forward_pre_hook(_looked_up),
-        *(module.register_forward_pre_hook(_enter) for module in modules),
-        *(module.register_forward_hook(_leave, always_call=True) for module in modules),
-    ]
+    with _lock:
+        count, hooks = _readers.get(model, (0, []))
+        if not count:
+            modules = dict.fromkeys((model, model.base_model))
+            hooks = [
+                model.get_input_embeddings().register_forward_pre_hook(_looked_up),
+                *(module.register_forward_pre_hook(_enter) for module in modules),
+                *(module.register_forward_hook(_leave, always_call=True) for module in modules),
+            ]
+        _readers[model] = count + 1, hooks
+
+
+def _forgo(model: PreTrainedModel) -> None:
+    """Leave what :func:`_listen` entered."""
+    with _lock:
+        count, hooks = _readers.pop(model, (0, []))
+        if count > 1:
+            _readers[model] = count - 1, hooks
+            return
+        for hook in hooks:
+            hook.remove()
+
+
+def _start_anew() -> None:
+    """No forward runs in this thread, though torch runs no hook behind one that was interrupted from outside."""
+    _thread.depth, _thread.ids = 0, None
 
 
 def _looked_up(module: Any, args: tuple[Any, ...]) -> None:

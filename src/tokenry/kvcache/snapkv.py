@@ -29,6 +29,7 @@ class SnapKV(CachePolicy):
     """
 
     needs_attention: ClassVar[bool] = True
+    sums: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
 
     window: int = 32

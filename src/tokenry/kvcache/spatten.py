@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokenry.errors import BadParameter
 from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first, marked
 from tokenry.models import Rows, TokenCache, anatomy
 
@@ -18,11 +19,11 @@ _UNBOUNDED = 2**30
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a model's layers keep: the full-attention layers in order, the budgets of those that prune tokens, and the
-    query heads of those that prune heads."""
+    """What a model's layers keep: the full-attention layers in order, the budgets of those that prune tokens as shares
+    of the prompt, or of the budget where that is a count, and the query heads of those that prune heads."""
 
     full: tuple[int, ...]
-    budgets: dict[int, int | float]
+    budgets: dict[int, float]
     heads: dict[int, int]
 
     def earlier(self, layer: TokenLayer) -> TokenLayer | None:
@@ -49,7 +50,7 @@ class SpAtten(CachePolicy):
         budget: Slots of a layer and KV head in the mean over the layers that prune, as a count or a share of the
             prompt. The default is about the mean of the official schedule for GPT-2 medium.
         spread: How far the first of them is above the mean, and the last below, as a share of it; linear between.
-            Narrowed where the first would hold more than all tokens.
+            Narrowed where the first would hold more than the whole prompt.
         dense: First layers that drop nothing. None: 15 % of them, but at least 3, as in the paper, and at most half.
         heads: Share of the query heads that the last layer keeps; falls linearly behind the first 30 % of the layers.
             1: no head is pruned.
@@ -97,11 +98,21 @@ class SpAtten(CachePolicy):
         return self.recent
 
     def prepare(self, model: PreTrainedModel) -> _Plan:
+        """What each layer of a model keeps.
+
+        Raises:
+            BadParameter: No layer would prune tokens.
+        """
         parts = anatomy(model)
         count = len(parts.layers)
         full = tuple(number for number, window in enumerate(parts.windows) if window is None)
         dense = min(max(3, math.ceil(0.15 * count)), count // 2) if self.dense is None else self.dense
         pruning = [number for number in full if number >= dense]
+        if not pruning:
+            raise BadParameter(
+                f"{self.slug}: dense={self.dense} is not allowed for this model; behind the first {dense} layers must "
+                f"be one that attends in full ({', '.join(map(str, full))})"
+            )
         budgets = dict(zip(pruning, self._schedule(len(pruning)), strict=True))
         heads = {}
         start = math.ceil(0.3 * count)
@@ -112,19 +123,26 @@ class SpAtten(CachePolicy):
                     heads[number] = max(1, math.floor(parts.heads * share + 1e-9))
         return _Plan(full, budgets, heads)
 
-    def _schedule(self, layers: int) -> list[int | float]:
-        """Budgets of the layers that prune, from the first to the last; their mean is the budget."""
-        first = self.budget * (1 + self.spread)
+    def _schedule(self, layers: int) -> list[float]:
+        """Shares of the layers that prune, from the first to the last; their mean is the budget, or 1 of a count."""
+        mean = self.budget if isinstance(self.budget, float) else 1.0
+        first = mean * (1 + self.spread)
         if isinstance(self.budget, float):
             first = min(1.0, first)
-        last = 2 * self.budget - first
-        shares = [first + (last - first) * place / max(1, layers - 1) for place in range(layers)]
-        if layers == 1:
-            shares = [self.budget]
-        return [share if isinstance(self.budget, float) else max(self.least(), int(share)) for share in shares]
+        last = 2 * mean - first
+        return [first + (last - first) * place / (layers - 1) for place in range(layers)] if layers > 1 else [mean]
 
     def layer_budget(self, layer: TokenLayer) -> int | float:
         return layer.cache.prepared.budgets.get(layer.number, _UNBOUNDED)
+
+    def slots(self, share: float, length: int) -> int:
+        """Slots that a share gives, of a prompt of ``length`` tokens or of a budget that is a count."""
+        if isinstance(self.budget, float):
+            return super().slots(share, length)
+        # How far the layers may be from the budget so that the first holds no more than there is.
+        above = min(self.spread, max(0.0, length / self.budget - 1))
+        narrow = above / self.spread if self.spread else 0.0
+        return max(self.least(), round(self.budget * (1 + (share - 1) * narrow)))
 
     # Tokens ----------------------------------------------------------------------------------------------------------
     def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:

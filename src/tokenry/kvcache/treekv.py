@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar, Literal
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first
+from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,8 @@ class TreeKV(CachePolicy):
     its last ``block`` queries judges them, then token by token down to the budget.
 
     Args:
-        budget: Slots a layer and KV head after every forward (the paper's language modelling: 1024).
+        budget: Slots a layer and KV head after every forward; 256 is the family's common default, the paper's language
+            modelling has 1024.
         sinks: First tokens that always stay.
         recent: Share of the budget that the newest tokens hold (the paper: 508 of 1024).
         block: Tokens a block and queries that judge a prompt, at most a quarter of the tree a block; the paper gives
@@ -58,7 +58,7 @@ class TreeKV(CachePolicy):
         return next(budget for budget in count(self.sinks + 1) if budget > self._protected(budget))
 
     def _protected(self, budget: int) -> int:
-        return self.sinks + math.floor(self.recent * budget)
+        return self.sinks + part(self.recent, budget)
 
     def fresh(self, positions: Tensor, heads: int) -> dict[str, Tensor]:
         zeros = torch.zeros(positions.shape[0], heads, positions.shape[1], device=positions.device)

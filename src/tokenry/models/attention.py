@@ -78,10 +78,11 @@ def attention(
         if watched or softcap is not None or (policy is not None and policy.skips):
             rows = AttentionRows(query, key, allowed, causal, scaling, softcap, block.valid)
         # No fused kernel of torch bounds logits. On CPUs products in blocks of rows are faster than the fused kernel
-        # and statistics beside it, which would cost one of the products again.
+        # and sums over all rows beside it, which would cost one of the products again.
+        summed = watched and policy is not None and (policy.sums or block.new == 1 or block.deferred)
         if rows is not None and policy is not None and policy.attends:
             output = policy.attend(layer, rows, value)
-        elif rows is not None and (softcap is not None or (watched and query.device.type == "cpu")):
+        elif rows is not None and (softcap is not None or (summed and query.device.type == "cpu")):
             output = rows.attend(value)
         else:
             output = _fused(query, key, value, allowed, causal, scaling)
@@ -237,8 +238,9 @@ def _budgeted(active: _Activation, model: PreTrainedModel, given: Cache | None, 
     if given in active.caches:
         # A caller that goes on with the cache it passed goes on with the one that was filled in its place.
         return active.caches[given]
-    if type(given) is not DynamicCache:
-        raise CacheMisuse(f"{name} cannot stand in for a {type(given).__name__}: use the default cache implementation")
+    if type(given) is not DynamicCache or given.offloading:
+        kind = type(given).__name__ if type(given) is not DynamicCache else "cache that is offloaded"
+        raise CacheMisuse(f"{name} cannot stand in for a {kind}: use the default cache implementation")
     if given.get_seq_length() > 0:
         raise CacheMisuse(
             f"a cache that already holds {given.get_seq_length()} tokens came into the block of {name}: start from the "
@@ -289,6 +291,11 @@ def attach(model: PreTrainedModel, policy: Policy | None = None) -> None:
         attachment = _attachments.get(model)
         if attachment is None:
             if any(name == compat.NAME for _, name in compat.settings(model)):
+                if _before in model._forward_pre_hooks.values():
+                    raise UnsupportedModel(
+                        f"this {type(model).__name__} is a copy of a model that was inside a block when it was copied, "
+                        "and carries the block's switch without the way back: copy the model outside the block"
+                    )
                 raise UnsupportedModel(
                     f"{type(model).__name__} shares its configuration with another model that is inside a block: give "
                     "each model a copy of the configuration"

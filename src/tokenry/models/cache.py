@@ -27,7 +27,7 @@ from tokenry.models.rotary import Rotary
 from tokenry.models.rows import Rows
 from tokenry.models.slots import Block, Slots, replaced
 from tokenry.models.statistics import AttentionRows
-from tokenry.models.storage import Offloaded, dequantised, fetched, grown, picked, quantised, slot_nbytes
+from tokenry.models.storage import Offloaded, dequantised, fetched, frozen, grown, picked, quantised, slot_nbytes
 
 _GROWTH = 64
 
@@ -40,6 +40,8 @@ class Policy(Protocol):
     """Whether it drops tokens; a policy that does not chooses those that a step attends to."""
     needs_attention: ClassVar[bool]
     """Whether ``observe`` is to be called."""
+    sums: ClassVar[bool]
+    """Whether it then needs sums over all rows of a prompt."""
     skips: ClassVar[bool]
     """Whether later layers may run for other tokens than a forward's own."""
     uneven: ClassVar[bool]
@@ -162,6 +164,7 @@ class _Window:
     drops: ClassVar[bool] = True
     ordered: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
     skips: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
     rolling = hides = attends = False
@@ -225,6 +228,7 @@ class TokenLayer(CacheLayerMixin):
         ran: Tokens of each row that ran through the layer, padding included.
         products: Pairs of a query and a key that its attention multiplied, for each row and head.
         evicted: Whether a slot was ever dropped.
+        misjudged: Whether the policy's state counts the attention of tokens that were taken back.
         far: Where older keys and values stand, if on another device.
         scaling: Factor of the layer's attention logits, known once it ran.
     """
@@ -259,7 +263,7 @@ class TokenLayer(CacheLayerMixin):
         self._budgets: list[int] | None = None
         self._at: dict[int, Evicting] = {}
         self._size = 0
-        self.evicted = False
+        self.evicted = self.misjudged = False
         self.pending: AttentionRows | None = None
         self.is_initialized = False
         self._keys: Tensor | None = None
@@ -507,7 +511,7 @@ class TokenLayer(CacheLayerMixin):
     def _put(self, buffer: Tensor, new: Tensor, start: int) -> Tensor:
         """A buffer with new slots from ``start`` on, the same one where there is room."""
         end = start + new.shape[2]
-        if end > buffer.shape[2]:
+        if end > buffer.shape[2] or frozen(buffer):
             tight = self._drops and self.evicted
             room = end + self._evicting.compact_every if tight else max(end + _GROWTH, end + end // 8)
             buffer = grown(buffer, room, start)
@@ -589,10 +593,13 @@ class TokenLayer(CacheLayerMixin):
         # A new token stands as far behind the held ones as it stands behind the tokens seen.
         ranks = count + (positions - self.cache.seen_before[:, None])[:, None]
         places = torch.cat([held.cumsum(-1) - 1, ranks], -1)
-        back = ranks - positions[:, None]
-        if back.shape[1] > 1:
-            back = back.repeat_interleave(query.shape[1] // back.shape[1], 1)
-        return rotary.turn(query, back), rotary.turn(key, places)
+        if ranks.shape[1] > 1:
+            ranks = ranks.repeat_interleave(query.shape[1] // ranks.shape[1], 1)
+        # By way of position 0, as keys go: far out float32 angles are rough, and what the model's own is off by goes
+        # only with the same angle turned back.
+        wide = query.to(torch.promote_types(query.dtype, torch.float32))
+        query = rotary.turn(rotary.turn(wide, -positions[:, None]), ranks).to(query.dtype)
+        return query, rotary.turn(key, places)
 
     def attended(self, block: Block, rows: AttentionRows | None) -> None:
         """After the layer's attention: hand the statistics to the policy, or keep them until the commit."""
@@ -652,6 +659,8 @@ class TokenLayer(CacheLayerMixin):
 
     def evict(self, always: bool) -> None:
         """Let the policy drop tokens in the rows that are due, and close the gaps where slots ran over its bound."""
+        if self.cache.keeps:
+            return
         policy, budgets = self._evicting, self.budgets()
         most = max(budgets)
         due = None
@@ -670,6 +679,8 @@ class TokenLayer(CacheLayerMixin):
             keep = self._kept(budgets)
         if keep is None:
             return
+        if self.misjudged:
+            self._check_loss(keep, due)
         if due is not None or keep.dtype == torch.bool or policy.hides:
             # Rows that are not due keep their tokens, and heads may keep unequal numbers: the tensors stay as long as
             # the longest of them.
@@ -694,6 +705,7 @@ class TokenLayer(CacheLayerMixin):
         return (
             self.size == budget + 1
             and self.evicted
+            and not self.misjudged
             and not policy.hides
             and not policy.ordered
             and not policy.rolling
@@ -703,6 +715,19 @@ class TokenLayer(CacheLayerMixin):
             and self._keys.is_contiguous()
             and self._values.is_contiguous()
         )
+
+    def _check_loss(self, keep: Tensor, due: Tensor | None) -> None:
+        """Refuse to drop real tokens by scores that count the attention of tokens that are gone."""
+        kept = keep if keep.dtype == torch.bool else self._marked(keep)
+        held, _ = self.slots.materialise(kept.shape[0], self.device)
+        lost = held & ~kept
+        if bool((lost if due is None else lost & due[:, None, None]).any()):
+            raise CacheMisuse(
+                f"tokens were taken back from this cache with crop, and {self.cache.policy} would now drop others by "
+                "scores that still count the attention of those: use a budget above the whole length, or one of "
+                "Tokenry's drafters, whose drafts count only once they are accepted, or start again from the whole "
+                "prompt after cache.reset()"
+            )
 
     def _replace(self, victim: Tensor) -> None:
         """Drop slot ``victim`` ``[batch, kv_heads, 1]`` of each head; the newest token takes its place."""
@@ -817,13 +842,24 @@ class TokenLayer(CacheLayerMixin):
         self.beside = {name: tensor.index_select(0, rows) for name, tensor in self.beside.items()}
 
     def reset(self) -> None:
-        self._size, self._keys, self._values, self.state, self.evicted = 0, None, None, {}, False
+        self._size, self._keys, self._values, self.state, self.pending = 0, None, None, {}, None
+        self.evicted = self.misjudged = False
         self._index, self._budgets, self.reads = {}, None, [0, 0]
         self._base, self._nbytes, self.far, self._exact_from = 0, 0, None, None
         self.beside = {}
         self.ran = self.products = 0
         self.is_initialized = False
         self.slots = Slots() if self._apart else self.cache.slots
+
+
+class _Life:
+    """What a cache and its copies share, and what is to be done when the last of them is gone."""
+
+    on_release: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.on_release is not None:
+            self.on_release()
 
 
 class TokenCache(Cache):
@@ -852,18 +888,20 @@ class TokenCache(Cache):
         """Bytes of the keys and values that are held on the model's device."""
         self.peak_nbytes = 0
         """Most bytes that were held there at any time, within a forward too."""
-        self.on_release: Callable[[], None] | None = None
+        self._life = _Life()
         # Whether it stands beside a call's own cache, so that a block's policy leaves it alone.
         self.beside = False
         self._seen: Tensor | None = None
         # Tokens of each row's prompt, which ends with the first forward of a single token or of a draft.
         self._prompt: Tensor | None = None
-        self._prompt_ended = False
+        self._prompt_ended = self.keeps = False
         # Columns of left padding in each row, and whether rows have gaps behind them.
         self._lead: Tensor | None = None
         self._ragged = False
         self._staged: tuple[Tensor | None, Tensor | None, bool] | None = None
         self._block: Block | None = None
+        # The last layer that the forward under way has written to, and whether one that had begun to write failed.
+        self._reached, self._broken = -1, False
         # Within a forward whose policy does not pass on all tokens: the rows that run, and those of the next layer.
         self.rows: Rows | None = None
         self.next_rows: Rows | None = None
@@ -882,6 +920,15 @@ class TokenCache(Cache):
                 "rule none of them: use a model with full-attention layers"
             )
         super().__init__(layers=[TokenLayer(self, window, number) for number, window in enumerate(spans)])
+
+    @property
+    def on_release(self) -> Callable[[], None] | None:
+        """What is called when the cache and all copies of it are gone."""
+        return self._life.on_release
+
+    @on_release.setter
+    def on_release(self, release: Callable[[], None] | None) -> None:
+        self._life.on_release = release
 
     # What a decoding method sees -------------------------------------------------------------------------------------
     @property
@@ -950,7 +997,7 @@ class TokenCache(Cache):
         """Cache what was foretold, open the block of the forward's last token, and return that row."""
         assert self.foretold is not None
         (states, valid), self.foretold = self.foretold, None
-        ahead = states[0][0].shape[2]
+        ahead, self._reached = states[0][0].shape[2], len(self.layers) - 1
         for layer, (keys, values) in zip(self.layers, states, strict=True):
             layer._write(keys, values)
         self._staged = (None if valid is None or bool(valid.all()) else valid, None, False)
@@ -1025,10 +1072,9 @@ class TokenCache(Cache):
         return sum(layer.ran for layer in self.layers) / (len(self.layers) * fed) if fed else 1.0
 
     def fork(self) -> TokenCache:
-        """An independent copy, policy state included."""
+        """An independent copy, policy state included; what is done on release waits for the last of them."""
         other = object.__new__(TokenCache)
         other.__dict__.update(self.__dict__)
-        other.on_release = None
         other.handed = {}
         other.slots = self.slots.copy()
         other.layers = []
@@ -1064,6 +1110,9 @@ class TokenCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest slots, ``tokens_to_remove`` being their negative number as in transformers.
 
+        Scores of attention still count what the dropped tokens added, so a policy that has such scores may drop
+        nothing afterwards: a forward that would make it do so raises ``CacheMisuse``.
+
         Raises:
             CacheMisuse: The policy has dropped tokens already, so the state before them is gone.
         """
@@ -1092,8 +1141,14 @@ class TokenCache(Cache):
                 layer.slots.crop(min(layer.slots.size, layer.size))
             if layer._drops:
                 layer.state = {name: tensor[..., :-drop] for name, tensor in layer.state.items()}
+                # What the tokens that go added to the others cannot be told apart any more.
+                layer.misjudged = layer._evicting.needs_attention and layer.size > 0
             elif layer.policy is not None:
                 cast(Retrieving, layer.policy).cropped(layer)
+
+    def keep_all(self) -> None:
+        """Drop nothing more: what stands is what the budget left of a prompt, and all that comes is added to it."""
+        self.keeps = True
 
     def compact(self) -> None:
         """Drop the slots that hold no real token in any row."""
@@ -1223,7 +1278,7 @@ class TokenCache(Cache):
         cache.slots.append(cache.layers[0].size, valid, positions, cache.batch, cache.device)
         cache.total = cache.layers[0].size
         if valid is not None:
-            cache._seen, cache._lead = valid.sum(-1), valid.int().argmax(-1)
+            cache._seen, cache._lead = valid.sum(-1), _leading(valid)
         return cache
 
     # The forward, driven by the attention function -------------------------------------------------------------------
@@ -1252,7 +1307,7 @@ class TokenCache(Cache):
         if self.slots.size < self.total and self.slots.positions is None:
             self._catch_up(mask, device)
         block = Block(new, valid, relation, deferred)
-        block.padding = mask
+        block.padding, block.first = mask, self.total
         self.seen_before = self.seen
         if relation is not None:
             block.positions = self.seen_before[:, None] + relation.sum(-1) - 1
@@ -1278,7 +1333,7 @@ class TokenCache(Cache):
             return
         self.slots.append(valid.shape[-1], valid, valid.cumsum(-1) - 1 + self.slots.size, self.batch, device)
         assert self.slots.valid is not None
-        self._seen, self._lead = self.slots.valid[:, 0].sum(-1), self.slots.valid[:, 0].int().argmax(-1)
+        self._seen, self._lead = self.slots.valid[:, 0].sum(-1), _leading(self.slots.valid[:, 0])
 
     @property
     def forward_block(self) -> Block:
@@ -1292,22 +1347,34 @@ class TokenCache(Cache):
         return 0 if self._block is None else self._ahead + self._block.new
 
     def ready(self) -> None:
-        """Refuse a forward while a block is open."""
+        """Refuse a forward while a block is open, or after one that failed."""
+        self._check_whole(self._reached < 0)
         if self._block is not None:
             raise CacheMisuse("the last block is still open: call commit before the next forward")
 
+    def _check_whole(self, whole: bool) -> None:
+        # Nobody is told of a forward that was interrupted from the keyboard; the next one finds what it left.
+        self._broken |= not whole
+        if self._broken:
+            raise CacheMisuse(
+                "a forward that filled this cache failed halfway, so its layers hold different tokens: start again "
+                "from the whole prompt, with a new cache or after cache.reset()"
+            )
+
     def finish(self) -> None:
         """After a forward: account for its tokens, unless they wait for a commit."""
+        self._reached = -1
         self.rows = self.next_rows = None
         self.handed = {}
         self._ahead = 0
         block = self._block
         if block is None or block.deferred:
             return
-        if self.total == 0 and block.valid is not None:
-            self._lead = block.valid.int().argmax(-1)
-        elif block.valid is not None:
-            self._ragged = True
+        if block.valid is not None:
+            # Padding leads a row until its first real token, in whichever chunk of the prompt that comes.
+            leads = block.valid.cumsum(-1) + self.seen_before[:, None] == 0
+            self._lead = leads.sum(-1) + (0 if self._lead is None else self._lead)
+            self._ragged = self._ragged or (self.total > 0 and not bool((block.valid | leads).all()))
         self.slots.append(block.new, block.valid, block.positions, self.batch, self.device)
         self.total += block.new
         self._seen = None if self.slots.valid is None and self.slots.positions is None else self.seen_after
@@ -1315,7 +1382,9 @@ class TokenCache(Cache):
         self._settle()
 
     def abandon(self) -> None:
-        """After a forward that failed: forget its block; the cache itself is not fit for further use."""
+        """After a forward that failed: forget its block; if it had begun to write, refuse any further one."""
+        self._broken |= self._reached >= 0
+        self._reached = -1
         self._block = self._staged = self.rows = self.next_rows = self.foretold = None
         self.handed = {}
         self._ahead = 0
@@ -1330,10 +1399,12 @@ class TokenCache(Cache):
                 "this cache has gaps or has dropped tokens, which the model's own attention knows nothing of: go on "
                 "inside a block, or with cache.to_dynamic()"
             )
+        self._check_whole(layer_idx > self._reached)
+        self._reached = layer_idx
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         self.peak_nbytes = max(self.peak_nbytes, self.held_nbytes)
         if not attached and layer_idx == len(self.layers) - 1:
-            self.total = self.layers[0].size
+            self.total, self._reached = self.layers[0].size, -1
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -1354,15 +1425,16 @@ class TokenCache(Cache):
         self.slots, self.total, self._seen, self._lead, self._ragged = Slots(), 0, None, None, False
         self._staged = self._block = self._prompt = self.foretold = None
         self.filled = self._ahead = 0
-        self._prompt_ended = False
-        self.held_nbytes = 0
+        self._prompt_ended = self.keeps = False
+        self.held_nbytes = self.peak_nbytes = 0
+        self._reached, self._broken = -1, False
         for layer in self.layers:
             layer.reset()
 
-    def __del__(self) -> None:
-        release = getattr(self, "on_release", None)
-        if release is not None:
-            release()
+
+def _leading(valid: Tensor) -> Tensor:
+    """Columns of ``[batch, length]`` before each row's first real token, ``[batch]``."""
+    return (valid.cumsum(-1) == 0).sum(-1)
 
 
 _thread = threading.local()

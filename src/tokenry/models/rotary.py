@@ -55,9 +55,9 @@ class Rotary:
         one, two = self._halves(states)
         first, second = one.to(wide), two.to(wide)
         turned = torch.empty_like(states, memory_format=torch.contiguous_format)
-        one, two = self._halves(turned)
-        one.copy_(first * cos - second * sin)
-        two.copy_(second * cos + first * sin)
+        # Each half is taken behind the last change of the whole, as gradients ask.
+        self._halves(turned)[0].copy_(first * cos - second * sin)
+        self._halves(turned)[1].copy_(second * cos + first * sin)
         turned[..., self.width :] = states[..., self.width :]
         return turned
 

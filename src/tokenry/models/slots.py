@@ -111,6 +111,7 @@ class Block:
         self.relation = relation
         self.deferred = deferred
         self.positions: Tensor | None = None
+        self.first = 0  # the position of the first new token where they are contiguous
         self.apart = False  # whether tokens stand between them that are not among them
         self.before = 0  # rows in front that are tokens of earlier forwards, of which they see what is older
         self.dead: Tensor | None = None  # by position, bool ``[batch, length]``: tokens that no row may see
@@ -169,6 +170,7 @@ class Block:
             old = torch.arange(slots.size, device=device)[None, None]
         new = self.positions
         if new is None:
-            new = slots.size + torch.arange(self.new, device=device)[None]
+            # Not the number of slots: a layer that dropped tokens, or ran for fewer, holds less than what was read.
+            new = self.first + torch.arange(self.new, device=device)[None]
         before = before & (new[:, None, :, None] - old[:, :, None, :] < window)
         return before, among & (new[:, None, :, None] - new[:, None, None, :] < window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -76,8 +77,13 @@ class AttentionRows:
         # The query heads of a group as further rows of one head: no repeated keys.
         packed = self.query[:, :, start:stop].reshape(batch, heads // self.groups, -1, dim)
         width = self.key.shape[2] - self.count + stop if self.causal else self.key.shape[2]
+        scaling = self.scaling
+        if packed.dtype == torch.float16:
+            # Products that are not scaled yet may be too large for it; a power of two adds no rounding of its own.
+            scaling, exponent = math.frexp(scaling)
+            packed = packed * 2.0**exponent
         logits = torch.matmul(packed, self.key[:, :, :width].transpose(-1, -2))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self.scaling)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(scaling)
         logits = logits.view(batch, heads // self.groups, self.groups, stop - start, width)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap

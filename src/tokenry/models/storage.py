@@ -45,6 +45,11 @@ def grown(buffer: Tensor, room: int, used: int, pinned: bool = False) -> Tensor:
     return larger
 
 
+def frozen(buffer: Tensor) -> bool:
+    """Whether it was made in inference mode and that is over, so that it may be read and not written."""
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def slot_nbytes(buffer: Tensor) -> int:
     """Bytes of one slot of all rows and heads."""
     return buffer.shape[0] * buffer.shape[1] * buffer.shape[3] * buffer.element_size()
@@ -131,7 +136,7 @@ class Offloaded:
             if self._cuda:
                 self._parts = [part.pin_memory() for part in self._parts]
         else:
-            if end > self._parts[0].shape[2]:
+            if end > self._parts[0].shape[2] or frozen(self._parts[0]):
                 room = end + max(_GROUP, end // 8)
                 self._parts = [grown(part, room, self.size, self._cuda) for part in self._parts]
             for part, new in zip(self._parts, (keys, values), strict=True):
@@ -191,7 +196,12 @@ class Offloaded:
 
     def _stage(self, batch: int, sets: int) -> None:
         """Make the staging area, and places for slots that came since."""
-        if self.resident is None or self._place is None or self.resident.shape[1] != sets:
+        if (
+            self.resident is None
+            or self._place is None
+            or self.resident.shape[1] != sets
+            or any(map(frozen, (self.resident, self._place, *self.staged)))
+        ):
             self.resident = torch.zeros(batch, sets, 0, dtype=torch.long)
             self._place = torch.full((batch, sets, self.size), -1)
             self.staged = [
@@ -219,7 +229,7 @@ class Offloaded:
         event, buffer = self._events[turn], self._pinned[turn]
         if event is not None:
             event.synchronize()  # the last copy out of this buffer
-        if buffer is None or buffer.shape[0] < rows.numel() or buffer.shape[1] != source.shape[1]:
+        if buffer is None or frozen(buffer) or buffer.shape[0] < rows.numel() or buffer.shape[1] != source.shape[1]:
             buffer = torch.empty(2 * rows.numel(), source.shape[1], dtype=source.dtype, pin_memory=True)
             self._pinned[turn] = buffer
         gathered = buffer[: rows.numel()]

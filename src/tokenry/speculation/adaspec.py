@@ -303,7 +303,7 @@ class AdaSpecTrainer(Trainable):
         steps: int | None,
         seed: int,
     ) -> dict[str, Any]:
-        steps = steps or 1000
+        steps = 1000 if steps is None else steps
         first = self.reference_steps or steps
         draft = self.start(model, tokenizer)
         dtype = draft.dtype

@@ -137,7 +137,7 @@ class RouterTrainer(Trainable):
     def train(
         self, model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], out: Path, *, steps: int | None, seed: int
     ) -> dict[str, Any]:
-        steps = steps or 1000
+        steps = 1000 if steps is None else steps
         small = self._small(model, tokenizer)
         longest = min((n for n in (context_length(model), context_length(small)) if n is not None), default=self.length)
         most = longest - self.sentence - self.after

@@ -172,7 +172,7 @@ class SkipDecodeTrainer(Trainable):
     def train(
         self, model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], out: Path, *, steps: int | None, seed: int
     ) -> dict[str, Any]:
-        steps = steps or 1000
+        steps = 1000 if steps is None else steps
         if getattr(model.config, "layerdrop", 0):
             raise UnsupportedModel(
                 f"{type(model).__name__} drops layers at random while it is trained (layerdrop), which would skip "

@@ -2,13 +2,16 @@
 
 A prompt is read in three pieces: what is compressed at once (the context, or where the question is seen all but its
 last token), the rest but for the last token, and the last token, from which the answer is written. So the first token
-of an answer is predicted from what was kept, as the others are, and a retrieving policy retrieves for it. kvpress reads
-the second and third piece in one, which changes nothing where nothing is dropped.
+of an answer is predicted from what was kept, as the others are, and a retrieving policy retrieves for it. As kvpress
+does, nothing is dropped behind the context: the question and the answer are added to what was kept of it, and of the
+context so much is kept that with the question the share is held. kvpress reads the second and third piece in one, which
+changes nothing where nothing is dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import statistics
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ from tokenry.workloads.ruler import parted
 
 from ..kvpress import KVPress
 from ..running import pad_token
-from .engine import PLAIN, Bench, said, way
+from .engine import PLAIN, Bench, drops, said, way
 
 TASKS = ("recall", "ruler-single", "ruler-multikey", "ruler-multivalue", "ruler-tracking", "ruler-words")
 AGNOSTIC, AWARE = "question-agnostic", "question-aware"
@@ -143,7 +146,7 @@ def answers(bench: Bench, method: Method | None, asked: Sequence[Asked], aware: 
 
     Args:
         bench: Model and tokenizer.
-        method: A cache policy at its budget; None keeps everything.
+        method: A cache policy at its budget, a share as the module says, a count to the end; None keeps everything.
         asked: The prompts.
         aware: Whether the question is read with the context.
         new: New tokens.
@@ -155,6 +158,12 @@ def answers(bench: Bench, method: Method | None, asked: Sequence[Asked], aware: 
     mask = torch.tensor([[0] * (width - len(each.ids)) + [1] * len(each.ids) for each in asked], device=model.device)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     cuts = [cut(asked, aware, width), width - 1]
+    budget = getattr(method, "budget", None)
+    # A count says how many slots are held to the end.
+    once = method is not None and drops(method) and isinstance(budget, float)
+    if once:
+        assert isinstance(budget, float)
+        method = dataclasses.replace(method, budget=of_context(asked, aware, budget))  # type: ignore[type-var]
     block: Any = contextlib.nullcontext() if method is None else method(model)  # type: ignore[operator]
     options: dict[str, Any] = {"stop_strings": ["\n"], "tokenizer": tokenizer} if line else {}
     with block:
@@ -164,6 +173,8 @@ def answers(bench: Bench, method: Method | None, asked: Sequence[Asked], aware: 
                 input_ids=ids[:, begin:end], attention_mask=mask[:, :end], position_ids=places[:, begin:end],
                 past_key_values=cache, use_cache=True, logits_to_keep=1,
             ).past_key_values  # fmt: skip
+            if once:
+                cache.keep_all()
             begin = end
         kept = [1.0] * len(asked) if method is None else held(cache, mask[:, :-1].sum(-1))
         out = model.generate(
@@ -184,6 +195,21 @@ def cut(asked: Sequence[Asked], aware: bool, width: int) -> int:
     are cut where the longest question begins.
     """
     return width - 1 if aware else width - max(each.question for each in asked)
+
+
+def of_context(asked: Sequence[Asked], aware: bool, share: float) -> float:
+    """The share of what is compressed at once that leaves room for the question in a share of the whole prompt.
+
+    Rows of a batch get the same one, for the mean of their lengths.
+
+    Raises:
+        BadParameter: The question alone is more than the share.
+    """
+    behind = 0 if aware else max(each.question for each in asked) - 1
+    before = statistics.fmean(len(each.ids) for each in asked) - 1
+    if share * before - behind < 1:
+        raise BadParameter(f"{share:.4g} of {before:.0f} slots leave none beside the question's {behind}")
+    return (share * before - behind) / (before - behind)
 
 
 def held(cache: Any, lengths: torch.Tensor) -> list[float]:
@@ -219,9 +245,8 @@ def _kvpress(bench: Bench, peer: KVPress, task: Task, presses: Sequence[tuple[st
                 before = len(each.ids) - 1
                 # The same cut as in our batch of these prompts.
                 split = cut(batch, group == AWARE, len(each.ids))
-                keep = split if press == "none" else int(share * before) - (before - split)
-                if keep < 1:
-                    raise BadParameter(f"{share:.4g} of {before} slots leave none beside the question's")
+                within = 1.0 if press == "none" else of_context(batch, group == AWARE, share)
+                keep = max(int(within * split + 1e-9), 1)
                 reply = peer.ask("answer", press=press, ids=each.ids, split=split, keep=keep, new=task.new, stop=stop)
                 if reply["kept"] != keep:
                     raise ResourceError(f"kvpress kept {reply['kept']} slots where {keep} were asked for")

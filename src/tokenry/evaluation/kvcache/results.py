@@ -114,8 +114,8 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     if "quality" in parts:
         found.append(
             "quality: mean ± standard deviation over the seeds. kept: share of the prompt's slots that a layer and "
-            "head hold when the answer begins, kvpress's too, the question among them; Tokenry's policies hold no more "
-            "to the end, kvpress adds the answer. Policies that retrieve (fasa, icecache, sentencekv, oracle) hold "
+            "head hold when the answer begins, the question among them; nothing is dropped behind the context, as in "
+            "kvpress. Policies that retrieve (fasa, icecache, sentencekv, oracle) hold "
             "everything and attend to that share. question-agnostic: the context is compressed before the question is "
             "seen; question-aware: behind it."
         )

@@ -267,8 +267,9 @@ class KVPredictor:
             raise ResourceError(
                 f"no predictor of {_KIND} in {str(folder)!r} ({error}): make one by tokenry train {_KIND}"
             ) from error
-        if note.get("kind") != _KIND or note.get("schema_version") != _SCHEMA:
+        if not isinstance(note, dict) or note.get("kind") != _KIND or note.get("schema_version") != _SCHEMA:
             raise ResourceError(f"{str(place / ABOUT)!r} does not describe a predictor of this version")
+        _check_note(place / ABOUT, note)
         if not is_described(note["base"], base):
             named = loaded_name(base) or "MODEL"
             raise ResourceError(
@@ -299,6 +300,21 @@ class KVPredictor:
         found = cls(base, auxiliary.eval().requires_grad_(False), note["layer_map"], maps)
         found.note = note
         return found
+
+
+def _check_note(file: Path, note: dict[str, Any]) -> None:
+    """Refuse a note that does not say what is read from it."""
+    base, layer_map = note.get("base"), note.get("layer_map")
+    if isinstance(base, dict):
+        lacking = [f"base.{name}" for name in ("class", "name", "weights") if name not in base]
+    else:
+        lacking = ["base"]
+    if not isinstance(layer_map, list) or not all(isinstance(layer, int) for layer in layer_map):
+        lacking.append("layer_map")
+    if lacking:
+        raise ResourceError(
+            f"{str(file)!r} lacks {', '.join(lacking)}: make the predictor anew by tokenry train {_KIND}"
+        )
 
 
 def served(base: PreTrainedModel) -> KVPredictor | None:

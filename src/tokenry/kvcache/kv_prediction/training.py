@@ -185,7 +185,8 @@ class KVPredictionTrainer(Trainable):
 
     Attributes:
         auxiliary: A small model of the same tokenizer, a name or folder; none: a copy of some of the model's layers.
-        share: Of the model's layers that such a copy has: every second one at 0.5, as in the paper.
+        share: Of the model's layers that such a copy has: every second one at 0.5, as in the paper. Not with
+            `auxiliary`, which is taken as it is.
         consistency: Factor of the distance between predicted and true cache; none: 1 / layers of the model.
         z_loss: Factor of the squared log-partition of both logits.
         length: Tokens of a row.
@@ -210,6 +211,8 @@ class KVPredictionTrainer(Trainable):
 
     def validate(self) -> None:
         self.check("share", "above 0 and below 1", 0 < self.share < 1)
+        pruned = self.auxiliary is None or self.share == type(self).share
+        self.check("share", "left out beside auxiliary", pruned, why="such a model is taken as it is")
         self.check("consistency", "at least 0, or none", self.consistency is None or self.consistency >= 0)
         self.check("z_loss", "at least 0", self.z_loss >= 0)
         self.check("length", "at least 4", self.length >= 4)
@@ -227,7 +230,7 @@ class KVPredictionTrainer(Trainable):
         steps: int | None,
         seed: int,
     ) -> dict[str, Any]:
-        steps = steps or 600
+        steps = 600 if steps is None else steps
         auxiliary, layer_map, same = self._start(model, tokenizer)
         longest = min((n for n in (context_length(auxiliary), context_length(model)) if n is not None), default=None)
         fits = longest is None or self.length <= longest
