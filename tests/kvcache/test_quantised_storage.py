@@ -159,6 +159,22 @@ def test_what_is_not_coded_yet_is_exact_and_beams_run():
 
 
 @torch.no_grad()
+def test_tokens_behind_a_crop_are_read_as_they_are():
+    model, ids = tiny.model(dtype=torch.float64), tiny.prompts((60,))["input_ids"]
+    with Oracle(budget=200, bits=8, residual=16)(model):
+        cache = model(ids[:, :40]).past_key_values
+        for place in range(40, 52):
+            model(ids[:, place : place + 1], past_key_values=cache)
+        layer = cache.layers[1]
+        cache.crop(-9)
+        coded = layer.held()[0].clone()
+        model(ids[:, 43:47], past_key_values=cache)
+        keys, near = layer.held()[0], layer._near()[0]
+        assert torch.equal(keys[:, :, :43], coded)
+        assert torch.equal(keys[:, :, 43:], near[:, :, 43 - layer._base :])
+
+
+@torch.no_grad()
 def test_codes_of_8_bits_change_outputs_less_than_codes_of_4():
     model = tiny.model(dtype=torch.float64)
     text, more = tiny.prompts((64,))["input_ids"], tiny.prompts((20,), seed=4)["input_ids"]

@@ -1137,6 +1137,9 @@ class TokenCache(Cache):
         self.slots.crop(self.slots.size - counted)
         for layer in self.layers:
             layer.shorten(drop)
+            if layer._exact_from is not None:
+                # What stands in codes stays so; what comes now is read as it is.
+                layer._exact_from = torch.minimum(layer._exact_from, self.seen)
             if layer.slots is not self.slots:
                 layer.slots.crop(min(layer.slots.size, layer.size))
             if layer._drops:
