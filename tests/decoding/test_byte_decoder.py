@@ -150,7 +150,7 @@ def test_token_unit_takes_a_forward_a_token(pair):
 
 def test_what_cannot_be_served_is_refused(pair):
     model, tokenizer = pair
-    with H2O(budget=8)(model), pytest.raises(BadParameter, match="budget above the prompt"):
+    with H2O(budget=8)(model), pytest.raises(BadParameter, match="budget above the whole text"):
         generate(pair, "def returns(value):\n    return valu")
     pieces = kinds.word_piece()
     with pytest.raises(UnsupportedModel, match="byte-level"):

@@ -137,7 +137,8 @@ class ExactByteProbabilities(Decoder):
         except CacheMisuse as error:
             raise BadParameter(
                 f"{self.slug} takes back the end of a prompt that may end within a token, and {session.policy} has "
-                "dropped tokens already: give the policy a budget above the whole text, or end the prompt on a whole word"
+                "dropped tokens already: give the policy a budget above the whole text, or end the prompt on a whole "
+                "word"
             ) from error
         wanted = []
         for row, given in zip(rows, state.given, strict=True):
