@@ -22,7 +22,7 @@ demo: .venv/.run
 	$(BIN)/tokenry $(DEMO)
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
