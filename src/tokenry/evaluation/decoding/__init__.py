@@ -12,9 +12,9 @@ stand the forward passes and the time that it took. What mathematics promises is
 """
 
 from .bench import PARTS, PROMISES, bench_decoding, chosen_parts
-from .results import SEEDS, DecodingBench, Figure, Ordered, Promise, ordered
+from .results import SEEDS, DecodingBench, Figure, Ordered, Promise, judged, ordered
 
 __all__ = [
     "PARTS", "PROMISES", "SEEDS", "DecodingBench", "Figure", "Ordered", "Promise", "bench_decoding", "chosen_parts",
-    "ordered",
+    "judged", "ordered",
 ]  # fmt: skip

@@ -1,12 +1,12 @@
 """What papers and cards promise of the policies, and whether it held; a comparison of which one side is missing is left
 out. What mathematics promises is tested instead."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 
 from tokenry.errors import TokenryError
 
-from ..decoding import Ordered, Promise, ordered
-from ..metrics import Spread
+from ..decoding import Ordered, Promise, judged, ordered
 from . import quality
 from .bits import BITS
 from .engine import BASELINES, PLAIN, drops, policies
@@ -196,18 +196,7 @@ def _bounded(
 ) -> Ordered:
     """A bound on the median of some values; the difference is what is left to it."""
     left = [most - value for value in values] if most is not None else [value - (least or 0.0) for value in values]
-    spread = Spread.of(left)
-    passed = spread.median >= 0
-    return Ordered(
-        name=name,
-        statement=statement,
-        figure=figure,
-        measured=measured,
-        difference=spread,
-        passed=passed,
-        clear=spread.lower >= 0 if passed else spread.upper <= 0,
-        reason="" if passed or not reason else f"possibly because {reason}",
-    )
+    return judged(name, statement, figure, measured, left, gap=statistics.median(left), otherwise=reason)
 
 
 def _promise(
