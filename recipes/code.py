@@ -6,7 +6,7 @@
     python recipes/code.py export     # write src/tokenry/models/bundled/
     python recipes/code.py card       # measure the pair and write its model cards
 
-A small model of the same sources with SentencePiece's kind of tokenizer, for ensembles; ten to thirty minutes on one core:
+A small model of the same sources with SentencePiece's kind of tokenizer, for ensembles, in half an hour on one core:
 
     python recipes/code.py corpus --tokenizer unigram --vocabulary 2048 --blocks 700 --copying 150 --work .recipe-other
     python recipes/code.py train partner --steps 700 --work .recipe-other      # .recipe-other/partner/final
