@@ -69,7 +69,7 @@ def test_both_are_listed(package):
 
 
 def test_both_pass_the_contracts(package):
-    selected = "(repeat or stride) and not gpt_neox and not opt and not gemma"
+    selected = "(repeat or stride) and not gpt_neox and not opt and not gemma and not qwen3"
     ran = _run(["pytest", "tests/contracts", "-k", selected, "-p", "no:cacheprovider"], package)
     assert ran.returncode == 0, ran.stdout[-3000:]
     collected = _run(["pytest", "tests/contracts", "-k", selected, "--collect-only"], package).stdout

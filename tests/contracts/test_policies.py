@@ -93,16 +93,16 @@ def test_a_drafter_inside_equals_the_policy_alone(cls, options, method, kind, le
     policy = small(cls, compact_every=8, **options)
     if (cls.slug, method.slug) in REFUSED:
         with policy(model), pytest.raises(UnsupportedModel, match="every token in order"):
-            generate(method, model, inputs, max_new_tokens=40)
+            generate(method, model, inputs, max_new_tokens=28)
         return
     with policy(model):
-        wanted = model.generate(**inputs, do_sample=False, max_new_tokens=40)
-        got = generate(method, model, inputs, max_new_tokens=40, return_dict_in_generate=True)
+        wanted = model.generate(**inputs, do_sample=False, max_new_tokens=28)
+        got = generate(method, model, inputs, max_new_tokens=28, return_dict_in_generate=True)
     assert torch.equal(got.sequences, wanted)
     if cls.drops:
         assert all(layer.size <= 31 for layer in got.past_key_values.layers if layer.window is None)
     if len(lengths) == 1:
-        free = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+        free = model.generate(**inputs, do_sample=False, max_new_tokens=28)
         assert not torch.equal(free, wanted), "the budget must matter in this test"
 
 
