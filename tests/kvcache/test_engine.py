@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from tests import tiny
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse, UnsupportedModel
-from tokenry.kvcache import H2O, DapQ, KeyDiff, Keyformer, Oracle, Random, Sinks, SnapKV, TreeKV
+from tokenry.kvcache import H2O, DapQ, KeyDiff, Keyformer, Oracle, Random, Sinks, SnapKV, SpAtten, TreeKV
 from tokenry.models import AttentionRows, TokenCache, active_policy, attached
 
 POLICIES = (H2O, Sinks, Random)
@@ -84,6 +84,25 @@ def test_budgets_hold_for_prompts_of_one_to_three_times_their_length(policy):
                 assert all(layer.size == budget for layer in cache.layers)
                 assert all(bool((kept[..., -1] == length - 1 + step).all()) for kept in cache.kept_positions())
                 cache = model(torch.tensor([[5 + step]]), past_key_values=cache).past_key_values
+
+
+@pytest.mark.parametrize("policy", (*BY_ATTENTION, *BY_THEMSELVES, partial(SpAtten, dense=1)), ids=_slug)
+@torch.no_grad()
+def test_after_keep_all_everything_is_added_until_reset(policy):
+    model = tiny.model()
+    ids = tiny.prompts((52,))["input_ids"]
+    with policy(budget=12)(model):
+        cache = model(ids[:, :40]).past_key_values
+        sizes = [layer.size for layer in cache.layers]
+        assert min(sizes) < 40
+        cache.keep_all()
+        model(ids[:, 40:50], past_key_values=cache)
+        for place in (50, 51):
+            model(ids[:, place : place + 1], past_key_values=cache)
+        assert [layer.size for layer in cache.layers] == [size + 12 for size in sizes]
+        cache.reset()
+        model(ids[:, :40], past_key_values=cache)
+        assert [layer.size for layer in cache.layers] == sizes
 
 
 @pytest.mark.parametrize("positions", ("original", "rolling"))

@@ -763,7 +763,7 @@ class TokenLayer(CacheLayerMixin):
 
     def staying(self) -> Tensor | None:
         """The slots that stay if all rows drop tokens now, bool ``[batch, kv_heads, slots]``; None: all."""
-        return self._kept(self.budgets())
+        return None if self.cache.keeps else self._kept(self.budgets())
 
     def gather(self, keep: Tensor) -> None:
         """Keep the slots ``keep`` ``[batch, kv_heads, kept]`` of each head and drop the others."""
