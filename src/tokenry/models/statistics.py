@@ -77,13 +77,13 @@ class AttentionRows:
         # The query heads of a group as further rows of one head: no repeated keys.
         packed = self.query[:, :, start:stop].reshape(batch, heads // self.groups, -1, dim)
         width = self.key.shape[2] - self.count + stop if self.causal else self.key.shape[2]
-        scaling = self.scaling
-        if packed.dtype == torch.float16:
-            # Products that are not scaled yet may be too large for it; a power of two adds no rounding of its own.
-            scaling, exponent = math.frexp(scaling)
-            packed = packed * 2.0**exponent
-        logits = torch.matmul(packed, self.key[:, :, :width].transpose(-1, -2))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(scaling)
+        # The power of two in the scaling goes in first: it adds no rounding, keeps products of float16 in range, and
+        # mostly leaves nothing to multiply the logits by.
+        mantissa, exponent = math.frexp(self.scaling)
+        logits = torch.matmul(packed * 2.0 ** (exponent - 1), self.key[:, :, :width].transpose(-1, -2))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if mantissa != 0.5:
+            logits = logits.mul_(2 * mantissa)
         logits = logits.view(batch, heads // self.groups, self.groups, stop - start, width)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -94,14 +94,11 @@ class AttentionRows:
             logits[..., width - (stop - start) :].masked_fill_(late, float("-inf"))
         return logits
 
-    def _blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Blocks of rows: start, stop, the exponentials ``[batch, kv_heads, groups, rows, width]`` and what each row
-        has to be multiplied by to sum to 1."""
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of rows: start, stop and the probabilities ``[batch, kv_heads, groups, rows, width]``."""
         for start in range(0, self.count, _ROWS):
             stop = min(start + _ROWS, self.count)
-            weights = self.logits(start, stop)
-            weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-            yield start, stop, weights, weights.sum(-1, keepdim=True).reciprocal_()
+            yield start, stop, self.logits(start, stop).softmax(-1)
 
     def attend(self, value: Tensor) -> Tensor:
         """The output of the rows, ``[batch, heads, rows, head_dim]``, from ``value`` ``[batch, kv_heads, slots,
@@ -115,11 +112,11 @@ class AttentionRows:
             return torch.matmul(packed, value).view(batch, heads, self.count, dim)
         output = value.new_empty(batch, kv_heads, self.groups, self.count, dim)
         sums = self._zeros()
-        for start, stop, weights, scale in self._blocks():
+        for start, stop, weights in self._blocks():
             packed = weights.to(value.dtype).view(batch, kv_heads, self.groups * (stop - start), -1)
             part = torch.matmul(packed, value[:, :, : packed.shape[-1]])
-            output[:, :, :, start:stop] = part.view(batch, kv_heads, self.groups, stop - start, dim) * scale
-            self._add(sums, start, stop, weights, scale, None)
+            output[:, :, :, start:stop] = part.view(batch, kv_heads, self.groups, stop - start, dim)
+            self._add(sums, start, stop, weights, None)
         self._sums = sums
         return output.view(batch, heads, self.count, dim)
 
@@ -144,8 +141,8 @@ class AttentionRows:
         if self._sums is not None and weights is None:
             return self._sums
         sums = self._zeros()
-        for start, stop, block, scale in self._blocks():
-            self._add(sums, start, stop, block, scale, weights)
+        for start, stop, block in self._blocks():
+            self._add(sums, start, stop, block, weights)
         return sums
 
     def _zeros(self) -> Tensor:
@@ -159,8 +156,9 @@ class AttentionRows:
     def _real(self, rows: Tensor, start: int, stop: int) -> Tensor:
         return rows if self.valid is None else rows * self.valid[:, None, start:stop, None]
 
-    def _add(self, sums: Tensor, start: int, stop: int, block: Tensor, scale: Tensor, weights: Tensor | None) -> None:
+    def _add(self, sums: Tensor, start: int, stop: int, block: Tensor, weights: Tensor | None) -> None:
         """Add a block's columns to ``sums``; the factors of the rows make it one product."""
+        scale = block.new_ones(*block.shape[:-1], 1)
         for factor in (self.valid, weights):
             if factor is not None:
                 scale = scale * factor[:, None, None, start:stop, None]
