@@ -149,6 +149,9 @@ def test_time_notes_what_is_held_and_breaks_where_it_is_more_than_the_budget(mon
     for way_ in ("sinks", "h2o"):
         assert held[way_, "64"] == held[way_, "128"] == 16 * slot
     assert held["plain", "128"] > 128 * slot and held["oracle", "128"] >= 128 * slot
+    known = {(each.way, each.column): each.values[0] for each in one.figures if each.group == timing.KNOWN}
+    # Two layers and heads: a position of eight bytes for each slot, and with h2o a score of four.
+    assert known["sinks", "128"] == 2 * 16 * 2 * 8 and known["h2o", "128"] == 2 * 16 * 2 * (8 + 4)
     ratios = [each for each in one.figures if each.group == timing.FASTER]
     assert {len(each.values) for each in ratios} == {2} and {each.way for each in ratios} == {"sinks", "h2o", "oracle"}
     assert not one.broken and not one.skipped

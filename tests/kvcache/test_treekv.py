@@ -20,13 +20,13 @@ from tokenry.models import TokenCache, attached
 TREE = [15, 31, 39, 47, 51, 55, 59, 63, 65, 67, 69, 71, 73, 75, 77, 79]
 
 
-def reference(entries, worth, size, gone=0):
+def reference(entries, worth, size, gone=0, stride=1):
     """The algorithm as printed: an entry at a time comes in on the right, the lesser of the scoped pair goes."""
     region = []
     for entry in entries:
         region.append(entry)
         if len(region) > size:
-            place = gone % size
+            place = gone * stride % size
             del region[place if worth[region[place]] <= worth[region[place + 1]] else place + 1]
             gone += 1
     return region
@@ -58,19 +58,20 @@ def test_a_model_fed_token_by_token_leaves_the_tree():
     assert all(kept[0, 0].tolist() == kept[0, 1].tolist() == TREE for kept in cache.kept_positions())
 
 
-def test_sweep_equals_the_printed_algorithm():
+@pytest.mark.parametrize("stride", (1, 2))
+def test_sweep_equals_the_printed_algorithm(stride):
     """Many drops at once, rows and heads at different scopes, against one drop at a time."""
     generator = torch.Generator().manual_seed(0)
     for size, entries in ((1, 6), (5, 6), (5, 40), (16, 70), (7, 50)):
         worth = torch.rand(2, 3, entries + 4, generator=generator)
         gone = torch.tensor([0, size - 1, 3, 1, 100, 7]).view(2, 3, 1)
         drops = torch.tensor([0, 1, entries - size, 0, entries - size, 1]).view(2, 3, 1)
-        lost = sweep(worth, size, drops, gone, entries - size)
+        lost = sweep(worth, size, drops, gone, entries - size, stride)
         for row in range(2):
             for head in range(3):
                 count = int(drops[row, head])
                 # What lies behind the tree's entries is not its own.
-                wanted = reference(range(size + count), worth[row, head], size, int(gone[row, head]))
+                wanted = reference(range(size + count), worth[row, head], size, int(gone[row, head]), stride)
                 got = (~lost[row, head]).nonzero()[:, 0].tolist()
                 assert got == [*wanted, *range(size + count, entries + 4)]
 

@@ -33,6 +33,8 @@ class TreeKV(CachePolicy):
         block: Tokens a block and queries that judge a prompt, at most a quarter of the tree a block; the paper gives
             no number.
         shared: Whether the KV heads of a layer keep the same tokens, by their mean attention.
+        stride: Slots that the scope moves with each drop. 1 gives the tree of the paper's picture; its printed formula
+            moves by 2, which passes over every third token.
         positions: ``"rolling"`` counts positions over the held tokens, as the paper does to run past the trained
             length; ``"original"`` leaves every token where it stood.
     """
@@ -43,6 +45,7 @@ class TreeKV(CachePolicy):
     recent: float = 508 / 1024
     block: int = 16
     shared: bool = False
+    stride: Literal[1, 2] = 1
     positions: Literal["original", "rolling"] = "original"
 
     def validate(self) -> None:
@@ -95,20 +98,20 @@ class TreeKV(CachePolicy):
         if block > 1 and most > self.compact_every:
             blocks = torch.where(excess > self.compact_every, excess // block, 0)
             groups = worth.gather(-1, order)[..., : worth.shape[-1] // block * block].unflatten(-1, (-1, block))
-            lost = sweep(groups.mean(-1), size // block, blocks, gone // block, most // block)
+            lost = sweep(groups.mean(-1), size // block, blocks, gone // block, most // block, self.stride)
             lost = F.pad(lost.repeat_interleave(block, -1), (0, worth.shape[-1] % block))
             order = order.gather(-1, lost.byte().argsort(dim=-1, stable=True))
             excess, gone, whole = excess - blocks * block, gone + blocks * block, blocks * block
             most = min(most, max(block - 1, self.compact_every))
         else:
             whole = torch.zeros_like(excess)
-        lost = sweep(worth.gather(-1, order), size, excess, gone, most)
+        lost = sweep(worth.gather(-1, order), size, excess, gone, most, self.stride)
         # Those that went in blocks stand at the end.
         lost = lost | (torch.arange(lost.shape[-1], device=lost.device) >= lost.shape[-1] - whole)
         return torch.zeros_like(worth).scatter_(-1, order, (~lost).to(worth.dtype))
 
 
-def sweep(worth: Tensor, size: int, drops: Tensor, gone: Tensor, most: int) -> Tensor:
+def sweep(worth: Tensor, size: int, drops: Tensor, gone: Tensor, most: int, stride: int = 1) -> Tensor:
     """Which entries go when the scope drops the lesser of its two neighbours ``drops`` times, as bool like ``worth``.
 
     The pairs between two wraps of the scope are disjoint, so each sweep is one step.
@@ -119,20 +122,22 @@ def sweep(worth: Tensor, size: int, drops: Tensor, gone: Tensor, most: int) -> T
         drops: ``[batch, 1 or heads, 1]``; at least ``size + drops`` entries belong to the tree.
         gone: Likewise, how many were dropped before, which says where the scope stands.
         most: The most that ``drops`` can be.
+        stride: Slots that the scope moves with each drop.
     """
     column = torch.arange(worth.shape[-1], device=worth.device)
     order = column.expand(worth.shape)
-    scope, left = gone % size, drops
-    for _ in range(1 + (most - 1 + size - 1) // size if most > 0 else 0):
-        here = torch.minimum(left, size - scope)
+    scope, left = gone * stride % size, drops
+    for _ in range(1 + (most * stride - 1 + size - 1) // size if most > 0 else 0):
+        here = torch.minimum(left, (size - scope + stride - 1) // stride)
+        # What a drop leaves moves one to the left, so a pair begins at every entry of so many.
         offset = column - scope
-        paired = (offset >= 0) & (offset < 2 * here)
-        even = offset % 2 == 0
+        place = offset % (stride + 1)
+        paired = (offset >= 0) & (offset < (stride + 1) * here) & (place < 2)
         values = worth.gather(-1, order)
         older_goes = values <= values.roll(-1, -1)
-        lost = paired & torch.where(even, older_goes, ~older_goes.roll(1, -1))
+        lost = paired & torch.where(place == 0, older_goes, ~older_goes.roll(1, -1))
         order = order.gather(-1, lost.byte().argsort(dim=-1, stable=True))
-        scope, left = (scope + here) % size, left - here
+        scope, left = (scope + here * stride) % size, left - here
     # Whatever was lost stands behind all that was not.
     return torch.zeros_like(worth, dtype=torch.bool).scatter_(
         -1, order, (column >= worth.shape[-1] - drops).expand(worth.shape)

@@ -1214,6 +1214,16 @@ class TokenCache(Cache):
         keys."""
         return self.held_nbytes
 
+    def state_nbytes(self) -> int:
+        """Bytes of what is known of the slots: where each stands, and a policy's scores, means and lists."""
+        parts = [
+            part
+            for layer in self.layers
+            for part in (layer.slots.valid, layer.slots.positions, *layer.state.values())
+            if part is not None
+        ]
+        return sum(part.numel() * part.element_size() for part in parts)
+
     def offloaded_nbytes(self) -> int:
         """Bytes of the keys and values that stand in the CPU's memory."""
         return sum(layer.far.nbytes for layer in self.layers if layer.far is not None)

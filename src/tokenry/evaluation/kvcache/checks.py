@@ -39,7 +39,7 @@ _ABOVE = (
     ("sentencekv", "snapkv", False, "code has few sentences, so its groups are long"),
     ("sentencekv", "random", True, "code has few sentences, so its groups are long"),
     ("icecache", "random", True, "its first and newest pages are much of a small budget"),
-    ("spatten", "random", True, "most of its layers hold everything in a model of few"),
+    ("spatten", "random", True, f"{_FIRST}; pruning the last layer alone loses as much"),
     ("fastkv", "random", True, _SMALL),
     ("oracle", "sentencekv", False, _SMALL),
     ("oracle", "fasa", False, _SMALL),

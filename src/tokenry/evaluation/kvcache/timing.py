@@ -43,6 +43,7 @@ FASTER = "steps of the full cache in the time of one, behind so many tokens"
 READ = f"milliseconds to read so many tokens (where tokens are dropped: in chunks of {CHUNK})"
 HELD = "bytes of keys and values held in decoding behind so many tokens"
 STORED = "bytes of their buffers in decoding behind so many tokens"
+KNOWN = "bytes of what is known of the slots in decoding behind so many tokens"
 PEAK = "bytes of keys and values held at most while so many tokens are read"
 _EAGER = 4096  # longest text that kvpress reads with all probabilities at hand
 
@@ -73,6 +74,7 @@ class Running:
         read: Seconds that reading took.
         held: Bytes of keys and values that are held.
         stored: Bytes of their buffers; None where nobody says.
+        known: Bytes of positions, scores, means and lists beside them; None where nobody says.
         peak: Bytes held at most while reading; None where nobody says.
         limit: Bytes that may be held in decoding; None without a limit.
         seconds: Of the rounds so far, a step each.
@@ -84,6 +86,7 @@ class Running:
     read: float
     held: Callable[[], int]
     stored: Callable[[], int | None]
+    known: Callable[[], int | None]
     peak: int | None
     limit: int | None
     close: Callable[[], None]
@@ -138,6 +141,8 @@ def _behind(bench: Bench, model: Any, ours: Sequence[tuple[Method, Method, str]]
         bench.add("time", HELD, each.label, each.budget, column, "bytes", [each.most])
         if (stored := each.stored()) is not None:
             bench.add("time", STORED, each.label, each.budget, column, "bytes", [stored])
+        if (known := each.known()) is not None:
+            bench.add("time", KNOWN, each.label, each.budget, column, "bytes", [known])
         if each.peak is not None:
             bench.add("time", PEAK, each.label, each.budget, column, "bytes", [each.peak])
         if each.limit is not None and each.most > each.limit:
@@ -191,11 +196,13 @@ def _started(model: Any, method: Any, label: str, budget: str, ids: torch.Tensor
     peak = _nbytes(cache) if method is None else cache.peak_nbytes
     stored: Callable[[], int | None] = (lambda: None) if method is None or not drops(method) else lambda: _stored(cache)
 
+    known: Callable[[], int | None] = (lambda: None) if method is None else cache.state_nbytes
+
     def close() -> None:
         nonlocal cache, model
         cache = model = None
 
-    return Running(label, budget, step, read, held, stored, peak, limit, close)
+    return Running(label, budget, step, read, held, stored, known, peak, limit, close)
 
 
 def _pressed(peer: KVPress, press: str, budget: int, ids: torch.Tensor) -> Running:
@@ -214,7 +221,7 @@ def _pressed(peer: KVPress, press: str, budget: int, ids: torch.Tensor) -> Runni
     # What kvpress held at most while it read is not known: its hooks compress layer by layer.
     return Running(
         label=f"kvpress: {press}", budget=said(budget), step=step, read=opened["seconds"], held=lambda: nbytes,
-        stored=lambda: None, peak=None, limit=None, close=close,
+        stored=lambda: None, known=lambda: None, peak=None, limit=None, close=close,
     )  # fmt: skip
 
 
