@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny
 from tests.evaluation import tiny_text
 from tokenry import cli
 from tokenry.errors import BadParameter, PromptTooLong, ResourceError
@@ -115,6 +116,18 @@ def test_texts_are_as_long_as_they_say_in_tokens_and_bytes():
     # A byte a token; the first token is not scored, nor is a prompt.
     assert sizes.tolist() == [63, 63, 63]
     assert bits.texts(bench(seeds=3, bits_tokens=64, bits_prompt=20))[1].tolist() == [44, 44, 44]
+
+
+def test_texts_are_longer_than_the_context_only_where_positions_go_on():
+    one = bench(seeds=2)
+    limit = tiny.config("gpt2").n_positions
+    one.bits_tokens = limit + 8
+    one.model = tiny.model("gpt2")
+    with pytest.raises(PromptTooLong, match=f"{limit + 8} tokens exceed the model's context of {limit}"):
+        bits.texts(one)
+    one.model = tiny.model()
+    one.model.config.max_position_embeddings = limit
+    assert bits.texts(one)[0].shape == (2, limit + 8)
 
 
 # --- time ---------------------------------------------------------------------------------------

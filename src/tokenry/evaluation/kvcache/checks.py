@@ -24,6 +24,7 @@ LONG, SHORTEST = 32768, 4096
 
 _SMALL = "a small model attends to few tokens sharply, and its scores are coarse"
 _BEHIND = "the prompts here are short beside the papers', so that the newest tokens are much of the budget"
+_RECENT = "bits per byte are decided by the newest tokens, of which it holds fewer"
 _FIRST = "it judges by what was looked at before, and these tasks ask for what nobody has looked at yet"
 
 _ABOVE = (
@@ -41,6 +42,9 @@ _ABOVE = (
     ("icecache", "random", True, "its first and newest pages are much of a small budget"),
     ("spatten", "random", True, f"{_FIRST}; pruning the last layer alone loses as much"),
     ("fastkv", "random", True, _SMALL),
+    ("fastkv", "fastkv:layer=0", True, _SMALL),
+    ("lazyllm", "lazyllm:revive=false", False, "answers of a few tokens seldom want what the prompt's end did not"),
+    ("lazyllm:layers=(3)", "lazyllm:layers=(1)", False, _SMALL),
     ("oracle", "sentencekv", False, _SMALL),
     ("oracle", "fasa", False, _SMALL),
     ("oracle", "icecache", False, _SMALL),
@@ -56,6 +60,8 @@ _PAIRS_OF_BITS = (
     ("keyformer", "sinks", True, "bits per byte are decided by the newest tokens, of which sinks hold more"),
     ("treekv", "sinks", False, "within the trained length nothing far is missed yet"),
     ("treekv", "h2o", False, "within the trained length nothing far is missed yet"),
+    ("treekv:positions=rolling", "sinks:positions=rolling", False, _RECENT),
+    ("treekv:positions=rolling", "h2o:positions=rolling", False, _RECENT),
     ("fasa", "h2o", True, "its planes are few in heads of this size"),
     ("oracle", "fasa", False, _SMALL),
 )
