@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny
 from tokenry.errors import BadParameter
-from tokenry.generation import Options
+from tokenry.generation import Options, generate
 from tokenry.methods import method
 from tokenry.speculation import PromptLookup
 from tokenry.speculation.goose import Goose, harmonic_split
@@ -359,6 +359,32 @@ def test_a_prompt_in_pieces_teaches_what_it_teaches_whole():
         run(model, inputs, Goose(), tables[-1], max_new_tokens=1, prefill_chunk_size=chunk)
     assert torch.equal(tables[0].keys, tables[1].keys) and torch.equal(tables[0].seen, tables[1].seen)
     assert torch.equal(tables[0].ids, tables[1].ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"size": "auto"}], ids=str)
+def test_a_copy_is_drafted_before_the_prompt_is_read_and_teaches_no_less(options):
+    model = tiny.model()
+    ids = tiny.prompts((9,))["input_ids"].repeat(1, 3)[:, :-2]
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
+    tables, results = [], []
+    for patient in (False, True):
+        decoder = Goose(**options)
+        tables.append(decoder.new_table())
+        resources = {"table": tables[-1]}
+        chunk = {"prefill_chunk_size": ids.shape[1] - 1} if patient else {}
+        results.append(
+            generate(model, None, ids, method=decoder, resources=resources, max_new_tokens=12, do_sample=False, **chunk)
+        )
+        assert torch.equal(results[-1].sequences, wanted)
+        prompt = decoder.new_table()
+        generate(model, None, ids, method=decoder, resources={"table": prompt}, max_new_tokens=1, **chunk)
+        tables.append(prompt)
+    early, late = results
+    # The first pass reads the prompt and what was copied behind it; otherwise two pieces of the prompt come first, and
+    # their last token gives the first of the output.
+    assert early.stats.drafted > 0
+    assert (early.stats.forwards - early.stats.steps, late.stats.forwards - late.stats.steps) == (0, 2)
+    assert torch.equal(tables[1].ids, tables[3].ids) and torch.equal(tables[1].keys, tables[3].keys)
 
 
 @dataclass(frozen=True, kw_only=True)

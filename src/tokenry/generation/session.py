@@ -264,8 +264,12 @@ class Session:
             relation = torch.cat([seen, torch.nn.functional.pad(relation, (length, 0), value=True)], 1)
         self.cache.stage(None, relation, deferred=True)
         before = torch.arange(length, device=self.device)[None]
-        options: dict[str, Any] = {"logits_to_keep": n} if keeps_logits(self.model) else {}
+        short = self.on_prompt is None and keeps_logits(self.model)
+        options: dict[str, Any] = {"logits_to_keep": n} if short else {}
         logits = self._forward(torch.cat([prompt, tokens], 1), torch.cat([before, length + depth], 1), **options)
+        if self.on_prompt is not None:
+            # The anchor ends the prompt.
+            self.on_prompt(torch.cat([prompt, tokens[:, :1]], 1), None, logits[:, : length + 1])
         logits = logits[:, -n:].to(torch.float32)
         self.vocab = logits.shape[-1]
         self.stats.prefill_seconds = time.perf_counter() - start
@@ -362,7 +366,7 @@ class Session:
         chunk = self.config.prefill_chunk_size or width
         learned = width
         if self.on_prompt is not None and self.vocab_hint():
-            learned = max(64, _PROMPT_LOGITS // (self.batch * self.vocab_hint()))
+            learned = self._learned()
             # A policy reads the prompt as it comes: of a long one, only the end is learned from.
             if self.policy is None:
                 chunk = min(chunk, learned)
@@ -392,9 +396,15 @@ class Session:
     def _can_read_later(self) -> bool:
         """Whether the first verify step can read the prompt: one row, no cache policy, and nobody who waits for it."""
         whole = self.batch == 1 and self._mask is None and self.policy is None and self.cache.get_seq_length() == 0
-        waiting = self.on_prompt is not None or self.beside_prompt is not None or self.want_hidden
+        waiting = self.beside_prompt is not None or self.want_hidden
+        if not whole or waiting or not self.vocab_hint():
+            return False
         chunk = self.config.prefill_chunk_size or self.max_length
-        return whole and not waiting and 1 < self.prompt_length <= chunk and self.vocab_hint() > 0
+        return 1 < self.prompt_length <= (chunk if self.on_prompt is None else min(chunk, self._learned()))
+
+    def _learned(self) -> int:
+        """Tokens of a prompt whose logits are held at once, to be learned from."""
+        return max(64, _PROMPT_LOGITS // (self.batch * self.vocab_hint()))
 
     def accept(self, commit: Commit) -> None:
         """Commit a step: cut at stops, write ids and records, close the cache's block, stream, count."""

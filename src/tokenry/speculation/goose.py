@@ -90,6 +90,8 @@ class Goose(Drafter):
     knows contexts of up to four tokens. These take the place of `extra`, `confidence`, `ngrams`, `copied`, `extended`,
     `long_match`, `spine_share`, `decay` and `depth`.
 
+    One row alone drafts a copy before its prompt was read, which saves a pass: the first verify step reads both.
+
     A batch has a text and a rate for each row, and one table, as rows only add knowledge. The table is on the host. It
     starts empty unless `resources={"table": Goose().new_table()}` or `table` gives one, as for Token Recycling.
 
@@ -115,6 +117,7 @@ class Goose(Drafter):
     """
 
     resources: ClassVar[tuple[str, ...]] = ("table",)
+    early: ClassVar[bool] = True
     size: int | Literal["auto"] = 60
     extra: int = 40
     sources: Literal["both", "spine", "branches"] = "both"
