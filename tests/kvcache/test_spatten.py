@@ -16,7 +16,7 @@ from tests.kvcache.test_h2o import _eager
 from tokenry.errors import BadParameter, BudgetTooSmall
 from tokenry.kvcache import SpAtten
 from tokenry.kvcache.spatten import _rounded
-from tokenry.models import AttentionRows
+from tokenry.models import AttentionRows, Slots
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 SERVED = [kind for kind in tiny.SERVED if kind != "mistral"]
@@ -34,15 +34,17 @@ def _sets(cache):
 def test_accumulated_attention_decides_and_sets_are_nested():
     model = tiny.model(dtype=torch.float64)
     ids = tiny.prompts((40,))["input_ids"]
-    for policy in (SpAtten(budget=0.5, dense=0, skip=False), SpAtten(budget=0.5, dense=0, skip=False, recent=5)):
+    for recent in (0.0, 0.3, 0.5):
+        policy = SpAtten(budget=0.5, dense=0, skip=False, recent=recent)
         with policy(model):
             kept = _sets(model(ids).past_key_values)
         assert [len(positions) for positions in kept] == [30, 20, 10]
         score, there = 0, set(range(40))
         for attention, found in zip(_eager(model, ids), kept, strict=True):
             score = score + attention[0].sum((0, 1))
-            free = sorted(there - set(range(40 - policy.recent, 40)), key=lambda place: (-score[place].item(), place))
-            there = {*free[: len(found) - policy.recent], *range(40 - policy.recent, 40)}
+            newest = set(range(40 - max(1, int(recent * len(found))), 40))
+            free = sorted(there - newest, key=lambda place: (-score[place].item(), place))
+            there = {*free[: len(found) - len(newest)], *newest}
             assert found == sorted(there)
 
 
@@ -208,7 +210,7 @@ def test_silenced_heads_equal_a_model_without_them():
 def _step(policy, rows, value):
     """A decode step's output in a layer that keeps account."""
     beside: dict[str, torch.Tensor] = {}
-    layer = types.SimpleNamespace(beside=beside, lay=beside.__setitem__)
+    layer = types.SimpleNamespace(beside=beside, lay=beside.__setitem__, slots=Slots())
     return policy._read_little(layer, rows, value), beside["traffic"]
 
 
@@ -331,8 +333,8 @@ def test_what_the_engine_promises(check, options):
 
 def test_misuse_is_refused():
     for options in ({"spread": 1.0}, {"dense": -1}, {"heads": 0.0}, {"values": 1.5}, {"msb": 1}, {"lsb": 17},
-                    {"threshold": 2.0}, {"recent": 0}):  # fmt: skip
+                    {"threshold": 2.0}, {"recent": 1.0}):  # fmt: skip
         with pytest.raises(BadParameter, match=next(iter(options))):
             SpAtten(**options)
-    with pytest.raises(BudgetTooSmall, match="at least 5"):
-        SpAtten(budget=4, recent=4)
+    with pytest.raises(BudgetTooSmall, match="at least 2"):
+        SpAtten(budget=1)

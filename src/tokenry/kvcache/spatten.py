@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter
-from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first, marked
+from tokenry.kvcache.engine import AttentionRows, CachePolicy, TokenLayer, age_first, marked, part
 from tokenry.models import Rows, TokenCache, anatomy
 
 _UNBOUNDED = 2**30
@@ -60,7 +60,8 @@ class SpAtten(CachePolicy):
             stored as ever and rounded on reading, each token and head for itself.
         lsb: Bits that it reads in addition where the largest probability is below ``threshold``.
         threshold: See ``lsb`` (the paper: 0.1; the official schedules: 0.05).
-        recent: Newest tokens that always stay.
+        recent: Share of a layer's budget that the newest tokens hold, at least the newest one. The paper protects that
+            one alone, ``recent=0``; new tokens have collected little yet, and go at once then.
         normalise: ``"count"`` divides a score by the number of tokens that came behind the slot, which takes away the
             advantage of early tokens; not in the paper.
         skip: Whether later layers do not run for the tokens of a prompt that were dropped; otherwise they leave the
@@ -79,7 +80,7 @@ class SpAtten(CachePolicy):
     msb: int = 0
     lsb: int = 4
     threshold: float = 0.1
-    recent: int = 1
+    recent: float = 0.5
     normalise: Literal["none", "count"] = "none"
     skip: bool = True
 
@@ -91,11 +92,15 @@ class SpAtten(CachePolicy):
         self.check("msb", "0, or between 2 and 16", self.msb == 0 or 2 <= self.msb <= 16)
         self.check("lsb", "between 0 and 16", 0 <= self.lsb <= 16)
         self.check("threshold", "between 0 and 1", 0 <= self.threshold <= 1)
-        self.check("recent", "at least 1", self.recent >= 1, why="the newest token's outputs are asked for")
+        self.check("recent", "at least 0 and below 1", 0 <= self.recent < 1)
         super().validate()
 
     def protected(self) -> int:
-        return self.recent
+        # The newest token's outputs are asked for.
+        return max(1, part(self.recent, int(self.budget)))
+
+    def least(self) -> int:
+        return 2
 
     def prepare(self, model: PreTrainedModel) -> _Plan:
         """What each layer of a model keeps.
@@ -175,11 +180,11 @@ class SpAtten(CachePolicy):
             score = score / (cache.seen_after[:, None, None] - positions).clamp(min=1)
         earlier = cache.prepared.earlier(layer)
         if earlier is not None and earlier.number in cache.prepared.budgets:
-            valid, held = (part[:, 0] for part in earlier.slots.materialise(cache.batch, layer.device))
+            valid, held = (each[:, 0] for each in earlier.slots.materialise(cache.batch, layer.device))
             there = marked(held, valid, cache.total + cache.new)
             present = there.gather(1, positions[:, 0].clamp(min=0))[:, None]
             score = score.masked_fill(~present, float("-inf"))
-        return score.masked_fill(age_first(layer, self.recent)[:, :1], float("inf"))
+        return score.masked_fill(age_first(layer, self.protected())[:, :1], float("inf"))
 
     def keep(self, layer: TokenLayer) -> Tensor | None:
         budget = int(self.budget)
@@ -254,7 +259,11 @@ class SpAtten(CachePolicy):
         seen = torch.full((1, 1, count), slots, device=weights.device) if rows.mask is None else rows.mask.sum(-1)
         read = (seen * self.values - 1e-6).ceil().clamp(min=1)[:, :, None, :, None]
         if self.values < 1:
-            order = weights.argsort(dim=-1, descending=True, stable=True)
+            # Slots are not in the order of time; of equal probabilities the earlier are read.
+            held = layer.slots.places(batch, weights.device).argsort(dim=-1)
+            new = torch.arange(held.shape[-1], slots, device=weights.device).expand(*held.shape[:2], -1)
+            time = torch.cat([held, new], -1)[:, :, None, None].expand_as(weights)
+            order = time.gather(-1, weights.gather(-1, time).argsort(dim=-1, descending=True, stable=True))
             within = torch.arange(slots, device=weights.device) < read
             weights = weights * torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, within.expand_as(order))
         self._count(layer, rows, again, read, seen)
