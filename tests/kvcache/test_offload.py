@@ -37,7 +37,7 @@ def offloaded(policy):
 @pytest.fixture
 def few_stay(monkeypatch):
     """The newest few tokens stay on the model's device, so that short texts are offloaded."""
-    monkeypatch.setattr("tokenry.models.cache._GROWTH", 4)
+    monkeypatch.setattr("tokenry.models.layer._GROWTH", 4)
 
 
 def check_staging(cache):

@@ -2,14 +2,18 @@
 
 load        bundled names, folders, hub ids
 anatomy     layers, attention, embeddings, head, rotary of any decoder
-cache       keys, values, positions, validity and policy state, moved together
+policy      what the cache asks of a policy
+layer       keys, values, positions and policy state of one layer
+cache       those of all layers, moved together
 attention   the function every layer calls inside a block, and the block
 """
 
 from tokenry.models.anatomy import Anatomy, anatomy, context_length
 from tokenry.models.attention import PolicyBlock, active_policy, attach, attached, detach
-from tokenry.models.cache import Policy, TokenCache, TokenLayer
+from tokenry.models.cache import TokenCache
+from tokenry.models.layer import TokenLayer
 from tokenry.models.load import bundled, load, loaded_name, path, resource, trained_folder, weights_hash
+from tokenry.models.policy import Policy
 from tokenry.models.rotary import Rotary, planes
 from tokenry.models.rows import Rows
 from tokenry.models.slots import Block, Slots

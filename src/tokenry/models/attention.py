@@ -24,8 +24,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.models import compat
 from tokenry.models.anatomy import check_decoder, check_plain
-from tokenry.models.cache import Policy, TokenCache, TokenLayer, current, set_current
+from tokenry.models.cache import TokenCache
+from tokenry.models.current import current, set_current
 from tokenry.models.entrance import entrance
+from tokenry.models.layer import TokenLayer
+from tokenry.models.policy import Policy
 from tokenry.models.rows import guard
 from tokenry.models.statistics import AttentionRows
 

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from tokenry.models.anatomy import anatomy
-from tokenry.models.cache import current
+from tokenry.models.current import current
 
 
 def entrance(model: PreTrainedModel) -> RemovableHandle:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from tokenry.errors import UnsupportedModel
 from tokenry.models.anatomy import anatomy, text_config
+from tokenry.models.current import current
 from tokenry.models.slots import Block
 
 if TYPE_CHECKING:
@@ -138,8 +139,6 @@ def guard(model: PreTrainedModel) -> list[RemovableHandle]:
 
 
 def _cache() -> TokenCache | None:
-    from tokenry.models.cache import current
-
     cache = current()
     return cache if cache is not None and cache.policy is not None and cache.policy.skips else None
 
