@@ -118,6 +118,12 @@ def test_texts_are_as_long_as_they_say_in_tokens_and_bytes():
     assert bits.texts(bench(seeds=3, bits_tokens=64, bits_prompt=20))[1].tolist() == [44, 44, 44]
 
 
+def test_every_method_that_a_check_names_exists():
+    pairs = (*checks._ABOVE, *checks._TIGHT, *checks._PAIRS_OF_BITS)
+    labels = {label for one, other, *_ in pairs for label in (one, other) if not label.startswith("kvpress: ")}
+    assert "treekv:positions=rolling" in labels and all(way(method(label)) == label for label in labels)
+
+
 def test_texts_are_longer_than_the_context_only_where_positions_go_on():
     one = bench(seeds=2)
     limit = tiny.config("gpt2").n_positions

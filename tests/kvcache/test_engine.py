@@ -15,7 +15,20 @@ from transformers import DynamicCache, StaticCache
 
 from tests import tiny
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse, UnsupportedModel
-from tokenry.kvcache import H2O, DapQ, KeyDiff, Keyformer, Oracle, Random, Sinks, SnapKV, SpAtten, TreeKV
+from tokenry.kvcache import (
+    H2O,
+    DapQ,
+    FastKV,
+    KeyDiff,
+    Keyformer,
+    LazyLLM,
+    Oracle,
+    Random,
+    Sinks,
+    SnapKV,
+    SpAtten,
+    TreeKV,
+)
 from tokenry.models import AttentionRows, TokenCache, active_policy, attached
 
 POLICIES = (H2O, Sinks, Random)
@@ -493,6 +506,31 @@ def test_a_cache_whose_forward_failed_halfway_is_refused_until_it_is_reset(after
         model(ids, past_key_values=cache)
         assert cache.peak_nbytes == peak
         assert torch.equal(model(token, past_key_values=cache).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    (SpAtten(budget=0.5, dense=0), SpAtten(budget=0.5, dense=0, skip=False), FastKV(layer=0), LazyLLM(layers=(0,))),
+    ids=str,
+)
+@pytest.mark.parametrize("after", (0, 1, 2))
+def test_a_prompt_interrupted_between_layers_leaves_nothing_behind_a_reset(policy, after):
+    model = tiny.model(dtype=torch.float64)
+    first, second = tiny.prompts((40,))["input_ids"], tiny.prompts((33,), seed=1)["input_ids"]
+
+    def fault(module, args):
+        raise KeyboardInterrupt
+
+    with policy(model), torch.no_grad():
+        cache, fresh = policy.cache(model), policy.cache(model)
+        hook = model.model.layers[after].mlp.register_forward_pre_hook(fault)
+        with pytest.raises(KeyboardInterrupt):
+            model(first, past_key_values=cache)
+        hook.remove()
+        cache.reset()
+        for tokens in (second, torch.tensor([[5]]), torch.tensor([[6]])):
+            one, two = (model(tokens, past_key_values=each).logits[:, -1] for each in (cache, fresh))
+            assert torch.equal(one, two)
 
 
 @torch.no_grad()

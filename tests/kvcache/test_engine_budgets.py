@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.kvcache.test_engine import _masked
 from tokenry.errors import BudgetTooSmall
-from tokenry.kvcache import FASA, H2O, Oracle, Random, Sinks
+from tokenry.kvcache import FASA, H2O, DapQ, Oracle, Random, Sinks
 from tokenry.methods import method
 from tokenry.models import TokenCache, attached
 
@@ -44,9 +44,10 @@ def test_share_counts_each_rows_prompt_and_stays(policy, every):
         assert bool(((held[1] >= 6) & (held[1] < 6 + every)).all())
 
 
-def test_share_of_a_prompt_in_chunks_is_that_of_the_whole_in_the_end():
+@pytest.mark.parametrize("policy", (Sinks, DapQ), ids=lambda policy: policy.slug)
+def test_share_of_a_prompt_in_chunks_is_that_of_the_whole_in_the_end(policy):
     model = tiny.model()
-    with Sinks(budget=0.25)(model):
+    with policy(budget=0.25)(model):
         result = model.generate(
             tiny.prompts((40,))["input_ids"], **GREEDY, prefill_chunk_size=16, return_dict_in_generate=True
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tokenry.errors import CacheMisuse
 from tokenry.kvcache import FASA, Oracle
 from tokenry.models import TokenCache, attached
 
@@ -63,6 +64,29 @@ def test_reorder_fork_and_select_carry_the_index(policy):
         fewer.crop(-3)
         again = model(token, attention_mask=mask[:, :-2], past_key_values=fewer, position_ids=fewer.seen[:, None])
         assert torch.isfinite(again.logits).all()
+
+
+@every_policy
+def test_assisted_generation_is_refused_where_its_drafts_would_see_everything(policy):
+    model, assistant = tiny.model(), tiny.model(seed=1)
+    ids = tiny.prompts((40,))["input_ids"]
+    with policy(model), pytest.raises(CacheMisuse, match="attended to everything"):
+        model.generate(ids, **GREEDY, assistant_model=assistant)
+    with policy(model), torch.no_grad():
+        cache = model(ids).past_key_values
+        model(ids[:, :6], past_key_values=cache)
+        twin = cache.fork()
+        twin.crop(-6)
+        assert twin.length == 40
+        with pytest.raises(CacheMisuse, match="take back the whole turn"):
+            cache.crop(-2)
+
+
+def test_known_bytes_count_what_layers_share_once():
+    model = tiny.model()
+    with Oracle(budget=12)(model), torch.no_grad():
+        cache = model(**tiny.prompts((40, 29))).past_key_values
+    assert cache.state_nbytes() == 2 * 40 * (1 + 8)
 
 
 @every_policy

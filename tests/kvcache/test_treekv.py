@@ -51,11 +51,14 @@ class Blind(TreeKV):
 
 
 @torch.no_grad()
-def test_a_model_fed_token_by_token_leaves_the_tree():
+@pytest.mark.parametrize("stride", (1, 2))
+def test_a_model_fed_token_by_token_leaves_the_tree(stride):
     model = tiny.model()
+    policy = Blind(budget=16, sinks=0, recent=0.0, stride=stride)
     with attached(model):
-        cache = fed(model, Blind(budget=16, sinks=0, recent=0.0), *tiny.prompts((80,))["input_ids"].split(1, 1))
-    assert all(kept[0, 0].tolist() == kept[0, 1].tolist() == TREE for kept in cache.kept_positions())
+        cache = fed(model, policy, *tiny.prompts((80,))["input_ids"].split(1, 1))
+    wanted = TREE if stride == 1 else reference(range(80), [0] * 80, 16, stride=2)
+    assert all(kept[0, 0].tolist() == kept[0, 1].tolist() == wanted for kept in cache.kept_positions())
 
 
 @pytest.mark.parametrize("stride", (1, 2))

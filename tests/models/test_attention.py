@@ -262,3 +262,31 @@ def test_forms_that_are_not_tested_are_refused(mark):
         setattr(model, name, value)
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM"), attached(model):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(torch.OutOfMemoryError, torch.OutOfMemoryError), (RuntimeError, UnsupportedModel)]
+)
+def test_a_fault_while_a_model_is_tried_is_not_held_against_it(error, raised):
+    model = tiny.model()
+
+    def fault(module, args):
+        raise error("fault")
+
+    hook = model.model.layers[0].register_forward_pre_hook(fault)
+    with pytest.raises(raised, match="fault"), attached(model):
+        pass
+    hook.remove()
+    with attached(model):
+        assert torch.isfinite(model(torch.tensor([[3, 5]])).logits).all()
+
+
+@torch.no_grad()
+def test_a_cache_may_be_given_by_position():
+    model = tiny.model()
+    ids = tiny.prompts((30,))["input_ids"]
+    with H2O(budget=12)(model):
+        wanted = model(ids)
+        cache = H2O(budget=12).cache(model)
+        assert torch.equal(model(ids, None, None, cache).logits, wanted.logits)
+        assert cache.length == 12 and model(ids, None, None, DynamicCache()).past_key_values.length == 12

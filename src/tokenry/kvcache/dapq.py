@@ -77,9 +77,12 @@ class DapQ(CachePolicy):
         layers = _ruled(cache)
         count = tokens.shape[1]
         positions = cache.seen[:, None] + torch.arange(count, device=tokens.device)
+        ended = cache.prompt_ended
         cache.stage(deferred=True)
         with torch.no_grad():
             model.base_model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        # They are no drafts: the prompt may go on.
+        cache.prompt_ended = ended
         scores = [layer.pending.rows()[..., :-count].sum(2) for layer in layers if layer.pending is not None]
         cache.commit(tokens[:, :1] * 0, torch.zeros_like(tokens[:, 0]))
         for layer, score in zip(layers, scores, strict=True):

@@ -207,6 +207,10 @@ def _original(module: torch.nn.Module) -> Callable[..., Any]:
 def _before(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if len(args) > 1:
+        # The cache may be among them.
+        named = inspect.signature(module.forward).bind_partial(*args).arguments
+        args, kwargs = (), {**named, **kwargs}
     given: Cache | None = kwargs.get("past_key_values")
     active = _policy.get()
     if active is not None:
@@ -403,8 +407,13 @@ def _probe(model: PreTrainedModel) -> str | None:
             positions = torch.tensor([[2, 2]], device=device)
             output = model(tokens[:, 2:], past_key_values=cache, position_ids=positions, use_cache=True)
             second = output.logits[0].float().cpu()
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
-        return f"fails on Tokenry's attention ({type(error).__name__}: {error})"
+        # Not remembered: it may be the machine's fault.
+        raise UnsupportedModel(
+            f"{type(model).__name__} fails on Tokenry's attention ({type(error).__name__}: {error})"
+        ) from error
     finally:
         set_current(None)
         if attachment is not None:

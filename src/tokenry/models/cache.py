@@ -73,7 +73,9 @@ class TokenCache(Cache):
         self._seen: Tensor | None = None
         # Tokens of each row's prompt, which ends with the first forward of a single token or of a draft.
         self._prompt: Tensor | None = None
-        self._prompt_ended = self.keeps = False
+        self.prompt_ended = self.keeps = False
+        # Tokens of the last forward behind others.
+        self._turn = 0
         # Columns of left padding in each row, and whether rows have gaps behind them.
         self._lead: Tensor | None = None
         self._ragged = False
@@ -308,6 +310,12 @@ class TokenCache(Cache):
                     "a cache that has dropped tokens cannot go back: run assisted generation with a budget above the "
                     "whole length, or one of Tokenry's drafters, which verify before they drop"
                 )
+            if drop < self._turn and layer.will_retrieve(1) and layer.size > max(layer.budgets()):
+                raise CacheMisuse(
+                    f"a part of the last {self._turn} tokens is taken back, as transformers' assisted generation and "
+                    f"prompt lookup do, and these attended to everything, not to what {self.policy} retrieves: use one "
+                    "of Tokenry's drafters, whose drafts retrieve, or take back the whole turn"
+                )
         # Columns that came in on the model's own attention have no slots yet.
         counted = max(0, self.slots.size - (self.total - drop))
         if self.slots.valid is not None and counted:
@@ -395,13 +403,14 @@ class TokenCache(Cache):
 
     def state_nbytes(self) -> int:
         """Bytes of what is known of the slots: where each stands, and a policy's scores, means and lists."""
-        parts = [
-            part
+        # Layers that drop nothing share their slots.
+        parts = {
+            id(part): part
             for layer in self.layers
             for part in (layer.slots.valid, layer.slots.positions, *layer.state.values())
             if part is not None
-        ]
-        return sum(part.numel() * part.element_size() for part in parts)
+        }
+        return sum(part.numel() * part.element_size() for part in parts.values())
 
     def offloaded_nbytes(self) -> int:
         """Bytes of the keys and values that stand in the CPU's memory."""
@@ -507,9 +516,9 @@ class TokenCache(Cache):
             counted = torch.arange(1, new + 1, device=device)[None] if valid is None else valid.cumsum(-1)
             block.positions = self.seen_before[:, None] + counted - 1
         self.seen_after = self.seen_before + (new if valid is None else valid.sum(-1))
-        if not self._prompt_ended:
-            self._prompt_ended = self._prompt is not None and (deferred or new == 1)
-            if not self._prompt_ended:
+        if not self.prompt_ended:
+            self.prompt_ended = self._prompt is not None and (deferred or new == 1)
+            if not self.prompt_ended:
                 self._prompt = self.seen_after
                 for layer in self.layers:
                     layer._budgets = None
@@ -569,6 +578,7 @@ class TokenCache(Cache):
             self._ragged = self._ragged or (self.total > 0 and not bool((block.valid | leads).all()))
         self.slots.append(block.new, block.valid, block.positions, self.batch, self.device)
         self.total += block.new
+        self._turn = block.new if self.total > block.new else 0
         self._seen = None if self.slots.valid is None and self.slots.positions is None else self.seen_after
         self._block = None
         self._settle()
@@ -616,8 +626,10 @@ class TokenCache(Cache):
     def reset(self) -> None:
         self.slots, self.total, self._seen, self._lead, self._ragged = Slots(), 0, None, None, False
         self._staged = self._block = self._prompt = self.foretold = None
-        self.filled = self._ahead = 0
-        self._prompt_ended = self.keeps = False
+        self.rows = self.next_rows = None
+        self.handed = {}
+        self.filled = self._ahead = self._turn = 0
+        self.prompt_ended = self.keeps = False
         self.held_nbytes = self.peak_nbytes = 0
         self._reached, self._broken = -1, False
         for layer in self.layers:

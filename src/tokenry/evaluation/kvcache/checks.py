@@ -40,7 +40,7 @@ _ABOVE = (
     ("sentencekv", "snapkv", False, "code has few sentences, so its groups are long"),
     ("sentencekv", "random", True, "code has few sentences, so its groups are long"),
     ("icecache", "random", True, "its first and newest pages are much of a small budget"),
-    ("spatten", "random", True, f"{_FIRST}; pruning the last layer alone loses as much"),
+    ("spatten", "random", True, f"{_FIRST}, and what one layer drops all behind it lack"),
     ("fastkv", "random", True, _SMALL),
     ("fastkv", "fastkv:layer=0", True, _SMALL),
     ("lazyllm", "lazyllm:revive=false", False, "answers of a few tokens seldom want what the prompt's end did not"),
