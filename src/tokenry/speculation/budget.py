@@ -16,7 +16,8 @@ import torch
 from tokenry.generation.engine import Session
 from tokenry.models import TokenCache, context_length
 
-_SIZES = (1, 2, 4, 8, 16, 32, 48, 81)
+# Kernels change where a number of rows reaches a power of two, and a pass then costs a third more at once.
+_SIZES = (1, 2, 3, 4, 8, 12, 15, 16, 24, 31, 32, 48, 64, 81)
 _ROUNDS = 7
 # Tokens in the cache behind which a forward is measured.
 _CACHED = 64
@@ -224,16 +225,18 @@ class Growth(Generic[N]):
         self.parents: list[int] = []
         self.reach: list[float] = []
         expected = rate = 0.0
+        most = len(costs) - 1
         # The counter keeps the order of equals, and nodes from being compared.
         entries = 0
         heap: list[tuple[float, int, int, int, N]] = [(-1.0, 0, -1, 0, root)]
-        while heap and len(self.nodes) + 1 < len(costs):
+        while heap and len(self.nodes) < most:
             negative, _, parent, depth, node = heapq.heappop(heap)
-            reach = -negative
-            # What is left in the heap is no likelier, so nothing after it pays either.
-            if reach <= rate * floors[len(self.nodes)]:
+            reach, place = -negative, len(self.nodes)
+            # What is left in the heap is no likelier. So nothing after it pays either, if as many as may come do not
+            # pay for themselves and for what the best size so far is ahead.
+            ahead = rate * costs[place] - expected if place else 0.0
+            if reach <= rate * floors[place] + ahead / (most - place):
                 break
-            place = len(self.nodes)
             self.nodes.append(node)
             self.parents.append(parent)
             self.reach.append(reach)
