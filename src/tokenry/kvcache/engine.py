@@ -268,9 +268,10 @@ class RetrievalPolicy(BudgetedPolicy):
     """A rule for which past tokens a decode step attends to; the cache keeps them all.
 
     A forward of one token behind others, and every row of drafts under verification, retrieves for itself, as if it
-    came alone; prompts and further turns attend to everything. So would what transformers' assisted generation verifies,
-    which is refused beyond the budget when a part of it is taken back. Slots of padding, and drafts that a row does not
-    follow, are never chosen. ``cache.attended_share()`` says which share of the slots the steps attended to.
+    came alone; prompts and further turns attend to everything. So would what transformers' assisted generation
+    verifies, which is refused beyond the budget when a part of it is taken back. Slots of padding, and drafts that a
+    row does not follow, are never chosen. ``cache.attended_share()`` says which share of the slots the steps attended
+    to.
 
     Args:
         budget: Slots that a decode step attends to in each full-attention layer and head, as a count, or below 1 as a
