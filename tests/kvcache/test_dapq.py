@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tokenry
 from tests import tiny
 from tests.kvcache.test_h2o import _eager
 from tokenry.errors import BadParameter, BudgetTooSmall, CacheMisuse
 from tokenry.kvcache import DapQ
 from tokenry.kvcache.dapq import pseudo_tokens
 from tokenry.models import TokenCache, attached
+from tokenry.workloads import library_files
 
 
 class Unjudged(DapQ):
@@ -176,3 +178,39 @@ def test_misuse_is_refused():
     for options in ({"pseudo": 0}, {"recent": -1}):
         with pytest.raises(BadParameter, match=next(iter(options))):
             DapQ(**options)
+
+
+@torch.no_grad()
+def test_positions_of_the_pseudo_queries_count_more_than_their_content():
+    """The card's comparison on real text: how many of the tokens that decoding will look at most are found."""
+    model, tokenizer = tokenry.load("tokenry/code", dtype="float32", attn_implementation="eager")
+    length, count, most = 300, 32, 30
+
+    def looked_at(ids, behind, shift=0, window=False):
+        places = torch.cat([torch.arange(length), torch.arange(length + shift, length + shift + count)])[None]
+        both = torch.cat([ids, behind], 1)
+        out = model(both, attention_mask=torch.ones_like(both), position_ids=places, output_attentions=True)
+        rows = slice(length - count, length) if window else slice(length, None)
+        sums = [part[0, :, rows, :length].sum(1).view(2, 3, length).sum(1) for part in out.attentions]
+        return torch.stack(sums).topk(most, -1).indices
+
+    found = {name: 0.0 for name in ("own", "random", "window", "own, shifted", "random, shifted")}
+    files = [file.read_text() for file in library_files()[5:400:60]]
+    texts = [tokenizer(text[:6000], return_tensors="pt").input_ids[:, :length] for text in files]
+    texts = [ids for ids in texts if ids.shape[1] == length][:4]
+    for ids in texts:
+        answer = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None)[:, length:]
+        own = torch.cat([ids[:, : count // 2], ids[:, -count // 2 :]], 1)
+        random = torch.randint(300, 4000, (1, count), generator=torch.Generator().manual_seed(0))
+        wanted = looked_at(ids, answer)
+        for name, chosen in (
+            ("own", looked_at(ids, own)),
+            ("random", looked_at(ids, random)),
+            ("window", looked_at(ids, own, window=True)),
+            ("own, shifted", looked_at(ids, own, 100)),
+            ("random, shifted", looked_at(ids, random, 100)),
+        ):
+            hits = (chosen[..., None] == wanted[..., None, :]).any(-1).float().mean()
+            found[name] += float(hits) / len(texts)
+    assert min(found["own"], found["random"]) > max(found["window"], found["own, shifted"], found["random, shifted"])
+    assert abs(found["own"] - found["random"]) < found["own"] - found["own, shifted"]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import tokenry
 from tests import tiny
 from tokenry.errors import BadPrompt, ResourceError
+from tokenry.evaluation.kvcache.bits import stepwise_nats
 from tokenry.kvcache import FASA, FASAPlan
 from tokenry.kvcache.fasa import _calibrated, _Calibration
 from tokenry.models import AttentionRows, TokenCache, attached, planes
+from tokenry.workloads import library_files
 
 
 def test_agreement_is_the_share_of_common_tokens():
@@ -120,3 +124,25 @@ def test_recent_tokens_are_always_among_the_chosen():
         model(torch.tensor([[5]]), past_key_values=cache)
     for slots in seen:
         assert all({28, 29, 30} <= set(row) for row in slots[0, :, 0].tolist())
+
+
+def test_calibrated_planes_lose_less_than_random_ones_on_real_text(tmp_path):
+    model, tokenizer = tokenry.load("tokenry/code", dtype="float32")
+    files = [file.read_text() for file in library_files()[5:600:60]]
+    rows = [tokenizer(text[:4000], return_tensors="pt").input_ids[:, :220] for text in files]
+    ids = torch.cat([row for row in rows if row.shape[1] == 220][:4])
+    plan, texts = FASAPlan.calibrate(model, ids[:1], k=20, steps=40), ids[1:]
+
+    def lost(policy):
+        return float((stepwise_nats(model, texts, policy, 160) - whole).mean())
+
+    def planned(name, agreement):
+        replace(plan, agreement=agreement).save(tmp_path / name)
+        return FASA(budget=20, plan=str(tmp_path / name))
+
+    whole = stepwise_nats(model, texts, None, 160)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    random = [lost(planned(str(n), torch.rand(plan.agreement.shape, generator=g))) for n, g in enumerate(generators)]
+    assert lost(planned("calibrated", plan.agreement)) < min(random)
+    # Without a plan, planes are calibrated on random tokens that repeat.
+    assert lost(FASA(budget=20)) < min(random)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -44,17 +42,11 @@ def test_equal_worth_leaves_the_tree():
     assert gaps == [2] * 8 + [4] * 4 + [8] * 2 + [16]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Blind(TreeKV):
-    def observe(self, layer, rows):
-        pass
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("stride", (1, 2))
 def test_a_model_fed_token_by_token_leaves_the_tree(stride):
     model = tiny.model()
-    policy = Blind(budget=16, sinks=0, recent=0.0, stride=stride)
+    policy = TreeKV(budget=16, sinks=0, recent=0.0, guided=False, stride=stride)
     with attached(model):
         cache = fed(model, policy, *tiny.prompts((80,))["input_ids"].split(1, 1))
     wanted = TREE if stride == 1 else reference(range(80), [0] * 80, 16, stride=2)

@@ -33,6 +33,8 @@ class TreeKV(CachePolicy):
         block: Tokens a block and queries that judge a prompt, at most a quarter of the tree a block; the paper gives
             no number.
         shared: Whether the KV heads of a layer keep the same tokens, by their mean attention.
+        guided: Whether attention decides which of a pair goes; otherwise the older does, which leaves the bare tree
+            (the paper's ablation).
         stride: Slots that the scope moves with each drop. 1 gives the tree of the paper's picture; its printed formula
             moves by 2, which passes over every third token.
         positions: ``"rolling"`` counts positions over the held tokens, as the paper does to run past the trained
@@ -45,6 +47,7 @@ class TreeKV(CachePolicy):
     recent: float = 508 / 1024
     block: int = 16
     shared: bool = False
+    guided: bool = True
     stride: Literal[1, 2] = 1
     positions: Literal["original", "rolling"] = "original"
 
@@ -68,6 +71,8 @@ class TreeKV(CachePolicy):
         return {"mass": zeros, "count": zeros}
 
     def observe(self, layer: TokenLayer, rows: AttentionRows) -> None:
+        if not self.guided:
+            return
         # A prompt is judged by its last queries, all verified tokens judge like single ones.
         start = 0 if layer.pending is not None else max(0, rows.count - self.block)
         layer.state["mass"] = layer.state["mass"] + rows.rows(start).sum(2) / rows.groups

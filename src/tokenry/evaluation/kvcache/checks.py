@@ -62,6 +62,8 @@ _PAIRS_OF_BITS = (
     ("treekv", "h2o", False, "within the trained length nothing far is missed yet"),
     ("treekv:positions=rolling", "sinks:positions=rolling", False, _RECENT),
     ("treekv:positions=rolling", "h2o:positions=rolling", False, _RECENT),
+    ("treekv:guided=false;positions=rolling", "h2o:positions=rolling", False, _RECENT),
+    ("treekv:positions=rolling", "treekv:guided=false;positions=rolling", False, _RECENT),
     ("fasa", "h2o", True, "its planes are few in heads of this size"),
     ("oracle", "fasa", False, _SMALL),
 )
