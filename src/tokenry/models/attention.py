@@ -208,9 +208,9 @@ def _before(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if len(args) > 1:
-        # The cache may be among them.
         named = inspect.signature(module.forward).bind_partial(*args).arguments
-        args, kwargs = (), {**named, **kwargs}
+        if "past_key_values" in named:
+            args, kwargs = (), {**named, **kwargs}
     given: Cache | None = kwargs.get("past_key_values")
     active = _policy.get()
     if active is not None:

@@ -209,6 +209,7 @@ class TokenCache(Cache):
         kept = counts.tolist()
         take = max(kept)
         path = path[:, :take]
+        self._turn = 0
         valid = None
         if min(kept) < take:
             valid = torch.arange(take, device=counts.device) < counts[:, None]
@@ -321,6 +322,7 @@ class TokenCache(Cache):
         if self.slots.valid is not None and counted:
             self._seen = self.seen - self.slots.valid[:, 0, -counted:].sum(-1)
         self.total -= drop
+        self._turn = max(0, self._turn - drop)
         self.slots.crop(self.slots.size - counted)
         for layer in self.layers:
             layer.shorten(drop)

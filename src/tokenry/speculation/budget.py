@@ -16,7 +16,7 @@ import torch
 from tokenry.generation.engine import Session
 from tokenry.models import TokenCache, context_length
 
-# Kernels change where a number of rows reaches a power of two, and a pass then costs a third more at once.
+# Kernels may change where the rows reach a power of two, and a pass then costs much more, or less, than one row before.
 _SIZES = (1, 2, 3, 4, 8, 12, 15, 16, 24, 31, 32, 48, 64, 81)
 _ROUNDS = 7
 # Tokens in the cache behind which a forward is measured.
