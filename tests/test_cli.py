@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.evaluation import tiny_text
 from tokenry import __version__, cli
 from tokenry.catalogue import TRAINERS
+from tokenry.cli import shared
 from tokenry.errors import CacheMisuse
 
 TINY = ("--max-new-tokens", "8", "--repeats", "1")
@@ -31,6 +33,12 @@ def prompts(tmp_path):
     path = tmp_path / "my.jsonl"
     path.write_text('"def f(x):"\n{"prompt": "a b a b a b"}\n{"turns": ["one", "two"]}\n')
     return str(path)
+
+
+def loading(monkeypatch, replaced):
+    """Have the commands call something else where they load a model."""
+    for module in (cli.benches, cli.comparing, cli.generating, cli.training):
+        monkeypatch.setattr(module, "load_model", replaced)
 
 
 def fails(capsys, code, *arguments):
@@ -184,7 +192,7 @@ def test_train_runs_the_steps_of_a_recipe_until_one_fails(monkeypatch):
         ran.append(tuple(command[2:]))
         return subprocess.CompletedProcess(command, 3 if len(ran) == 2 else 0)
 
-    monkeypatch.setattr(cli.subprocess, "run", run)
+    monkeypatch.setattr(cli.training.subprocess, "run", run)
     assert cli.main(["train", "code"]) == 3
     assert ran == [("corpus",), ("train", "code")]
     assert cli.main(["train", "code", "--", "train", "code-draft", "--steps", "5"]) == 0
@@ -230,10 +238,10 @@ def test_the_demo_names_methods_and_workloads_that_exist():
     from tokenry.methods import method
     from tokenry.workloads import examples
 
-    assert [str(method(text)).partition(":")[0] for text in cli.DEMO_METHODS] == [
-        text.partition(":")[0] for text in cli.DEMO_METHODS
+    assert [str(method(text)).partition(":")[0] for text in cli.comparing.DEMO_METHODS] == [
+        text.partition(":")[0] for text in cli.comparing.DEMO_METHODS
     ]
-    for name, options in cli.DEMO_WORKLOADS.items():
+    for name, options in cli.comparing.DEMO_WORKLOADS.items():
         assert examples(name, 1, **options)
 
 
@@ -258,7 +266,7 @@ def test_ctrl_c_elsewhere(capsys, folder, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    loading(monkeypatch, interrupted)
     assert fails(capsys, 130, "generate", "x", "--model", folder) == "tokenry: interrupted\n"
 
 
@@ -397,7 +405,7 @@ def test_other_failures_exit_with_1_and_debug_shows_the_traceback(capsys, folder
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(cli, "_load", broken)
+    loading(monkeypatch, broken)
     error = fails(capsys, 1, "generate", "x", "--model", folder)
     assert error == "tokenry: RuntimeError: first line second line (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="first line"):
@@ -522,7 +530,7 @@ def test_bench_model_has_a_draft_only_beside_the_bundled_model(capsys, monkeypat
     from tokenry import evaluation, models
 
     asked = []
-    monkeypatch.setattr(cli, "_load", lambda *args: (object(), object()))
+    loading(monkeypatch, lambda *args: (object(), object()))
     monkeypatch.setattr(models, "resource", lambda name, model: asked.append(name))
 
     def stopped(*args, **options):
@@ -546,7 +554,7 @@ def test_output_paths_are_checked_before_anything_is_loaded(capsys, monkeypatch,
     def loaded(*args):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_load", loaded)
+    loading(monkeypatch, loaded)
     (tmp_path / "file").write_text("")
     assert "is a folder" in fails(capsys, 2, *command, "--json", tmp_path)
     assert "cannot be written" in fails(capsys, 2, *command, "--json", tmp_path / "file" / "r.json")
@@ -556,18 +564,18 @@ def test_output_paths_are_checked_before_anything_is_loaded(capsys, monkeypatch,
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.Path, "open", denied)
+    monkeypatch.setattr(Path, "open", denied)
     assert "Permission denied" in fails(capsys, 2, *command, "--json", tmp_path / "r.json")
 
 
 def test_a_check_of_an_output_leaves_nothing_behind(tmp_path):
-    cli._check_output("--json", tmp_path / "new" / "r.json")
+    shared.check_output("--json", tmp_path / "new" / "r.json")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "old").write_text("old")
-    cli._check_output("--json", tmp_path / "old")
+    shared.check_output("--json", tmp_path / "old")
     assert (tmp_path / "old").read_text() == "old"
     os.mkfifo(tmp_path / "pipe")
-    cli._check_output("--json", tmp_path / "pipe")  # a pipe without a reader would block
+    shared.check_output("--json", tmp_path / "pipe")  # a pipe without a reader would block
 
 
 @pytest.mark.parametrize(
@@ -589,7 +597,7 @@ def test_a_file_that_may_not_be_read_is_named(capsys, monkeypatch, folder):
     def denied(*args):
         raise PermissionError(13, "Permission denied", "my.jsonl")
 
-    monkeypatch.setattr(cli, "_load", denied)
+    loading(monkeypatch, denied)
     error = fails(capsys, 2, "generate", "x", "--model", folder)
     assert error == "tokenry: my.jsonl cannot be used: Permission denied\n"
 
@@ -651,7 +659,7 @@ def test_options_and_inputs_are_checked_before_anything_is_loaded(capsys, monkey
     def loaded(*args):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_load", loaded)
+    loading(monkeypatch, loaded)
     (tmp_path / "empty").write_text("")
     names = {"EMPTY": str(tmp_path / "empty"), "MISSING": str(tmp_path / "missing")}
     assert words in fails(capsys, 2, *(names.get(argument, argument) for argument in arguments))
