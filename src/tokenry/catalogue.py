@@ -576,6 +576,7 @@ TRAINERS: dict[str, str] = {
     "router": "tokenry.decoding.r2r.training:RouterTrainer",
     "skipdecode": "tokenry.decoding.skipdecode.training:SkipDecodeTrainer",
     "ngram": "tokenry.decoding.superposed.ngram:NgramTrainer",
+    "token-recycling": "tokenry.speculation.hot_start:HotStart",
 }
 """What `tokenry train NAME` runs: name -> "module:Class" of a `tokenry.objectives.Trainable`."""
 

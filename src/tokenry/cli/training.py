@@ -92,11 +92,14 @@ def train(
 
 
 def _list_trainers(recipes: Mapping[str, Path], as_json: bool) -> int:
-    from tokenry.catalogue import BY_TARGET, TRAINERS
+    from tokenry.catalogue import BY_SLUG, BY_TARGET, TRAINERS
 
     # A trainer is listed with what its method is about; nothing is imported for it.
-    about = {target.partition(":")[0].split(".")[2]: row.summary for target, row in BY_TARGET.items()}
-    listed = {name: about.get(target.partition(":")[0].split(".")[2], "") for name, target in TRAINERS.items()}
+    about = {target.partition(":")[0].split(".")[2]: row for target, row in BY_TARGET.items()}
+    rows = {
+        name: about.get(target.partition(":")[0].split(".")[2], BY_SLUG.get(name)) for name, target in TRAINERS.items()
+    }
+    listed = {name: row.summary if row else "" for name, row in rows.items()}
     listed |= {name: _first_line(path) for name, path in recipes.items()}
     if as_json:
         print_json([{"name": name, "summary": summary} for name, summary in listed.items()])

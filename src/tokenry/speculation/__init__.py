@@ -16,6 +16,7 @@ gated_lora_mtp            the model's own masks, seen by LoRA weights alone
 future_token_prediction   a small decoder on one state of the model
 hamburger                 groups of tokens in one cache entry, trusted or verified
 any_subset                places anywhere in a text, drafted and verified by one any-order model
+hot_start                 the table of token_recycling and goose, made from texts
 adaspec                   distils a draft model on the tokens it can still learn
 """
 

@@ -113,7 +113,7 @@ class Goose(Drafter):
         least_score: Least score of a candidate that is drafted.
         depth: Deepest branch.
         harvest_prompt: Whether the prompt's logits go into the table.
-        table: File of a saved table.
+        table: File of a saved table, or the folder of a trained one.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("table",)
@@ -292,7 +292,7 @@ class Goose(Drafter):
         table = table_of(session, self.slug, self.table, self.k, **self._form())
         auto = _Auto(session) if self.size == "auto" else None
         reach = max(self.ngrams) if auto is None else RunCounts.LONGEST
-        recycler = Recycler(session, table, self.least_score)
+        recycler = Recycler(session.batch, table, self.least_score)
         if self.harvest_prompt and self.sources != "spine":
             session.on_prompt = recycler.harvest
         return _State(recycler, Texts(session, reach), [_Row() for _ in range(session.batch)], auto)

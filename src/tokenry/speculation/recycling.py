@@ -70,10 +70,10 @@ class Recycler:
         least: Least score of a candidate that is looked at.
     """
 
-    def __init__(self, session: Session, table: RecyclingTable, least: float) -> None:
+    def __init__(self, batch: int, table: RecyclingTable, least: float = 0.0) -> None:
         self.table, self.least = table, least
         # The tokens before what comes next of the prompt, and before each node of the tree that is being verified.
-        self._tail = torch.full((session.batch, table.order - 1), -1)
+        self._tail = torch.full((batch, table.order - 1), -1)
         self._before: Tensor | None = None
 
     @property

@@ -30,6 +30,9 @@ from tokenry.models import bundled
 from tokenry.models import path as bundled_path
 from tokenry.speculation.engine import TreeShape
 
+TABLE_FILE = "table.safetensors"
+"""What `tokenry train token-recycling` writes into its folder."""
+
 Path_ = tuple[int, ...]
 Candidates = list[tuple[int, float]]
 
@@ -440,7 +443,9 @@ def table_of(
     """
     table = session.resources.get("table")
     if table is None and path is not None:
-        table = _loaded(os.path.abspath(Path(path).expanduser()), _stamp(path)).copy()
+        place = Path(path).expanduser()
+        place = place / TABLE_FILE if place.is_dir() else place
+        table = _loaded(os.path.abspath(place), _stamp(place)).copy()
     if table is None:
         return RecyclingTable(k, order=order, contexts=contexts, scored=scored)
     wanted = {"k": k, "order": order, "contexts": contexts, "scored": scored}
@@ -466,11 +471,11 @@ def _agree(table: RecyclingTable, tokenizer: Any, slug: str) -> None:
     with table.lock:
         if not table.tokenizer:
             if table.ids is None:
-                table.tokenizer = _vocabulary_name(tokenizer)
+                table.tokenizer = vocabulary_name(tokenizer)
             return
     # A name that somebody gave is compared with names, one made from a vocabulary with the vocabulary.
     made = table.tokenizer.startswith(_MADE)
-    own = _vocabulary_name(tokenizer) if made else str(getattr(tokenizer, "name_or_path", "") or "")
+    own = vocabulary_name(tokenizer) if made else str(getattr(tokenizer, "name_or_path", "") or "")
     given = next((name for name in bundled() if own == str(bundled_path(name))), own)
     if own and table.tokenizer not in (own, given):
         raise ResourceError(
@@ -483,7 +488,7 @@ _MADE = "vocabulary "
 _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def _vocabulary_name(tokenizer: Any) -> str:
+def vocabulary_name(tokenizer: Any) -> str:
     """A name that is the same for all tokenizers with the same ids, wherever they were loaded from."""
     if tokenizer not in _names:
         words = sorted(tokenizer.get_vocab().items())
@@ -496,10 +501,10 @@ def _loaded(path: str, stamp: tuple[int, int]) -> RecyclingTable:
     return RecyclingTable.load(path)
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, int]:
     """What changes when a file is written anew."""
     try:
-        status = Path(path).expanduser().stat()
+        status = path.stat()
     except OSError as error:
         raise ResourceError(f"cannot read a recycling table from {path}: {error}") from error
     return status.st_mtime_ns, status.st_size

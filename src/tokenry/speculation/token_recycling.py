@@ -81,7 +81,8 @@ class TokenRecycling(Drafter):
 
     Every call starts with an empty table, unless it is given one: `resources={"table": RecyclingTable()}` shares a
     table among calls and threads, each learning from the others (the paper's hot start); `table=PATH` starts each call
-    from what `RecyclingTable.save` wrote there. `template="auto"` needs one made by `TokenRecycling.new_table`.
+    from what `RecyclingTable.save` or `tokenry train token-recycling` wrote there. `template="auto"` needs one made by
+    `TokenRecycling.new_table`.
 
     Attributes:
         k: Candidates kept for each token.
@@ -89,7 +90,7 @@ class TokenRecycling(Drafter):
             of candidate ranks such as `((0,), (1,), (0, 0))`; `()` is plain decoding.
         harvest_prompt: Whether a table that holds nothing yet learns from the prompt (an addition; False reproduces the
             paper).
-        table: File of a saved table.
+        table: File of a saved table, or the folder of a trained one.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("table",)
@@ -127,7 +128,7 @@ class TokenRecycling(Drafter):
         table = table_of(session, self.slug, self.table, self.k, **self._form())
         learns = self.harvest_prompt and table.is_cold
         if self.template == "auto":
-            recycler = Recycler(session, table, _LEAST)
+            recycler = Recycler(session.batch, table, _LEAST)
             if learns:
                 session.on_prompt = recycler.harvest
             return _Auto(recycler, Odds(session), Texts(session, 1))
