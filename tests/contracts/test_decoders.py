@@ -113,6 +113,33 @@ def test_the_returned_cache_goes_on_as_plains(method):
 
 
 @pytest.mark.parametrize("method", EVERY, ids=str)
+def test_a_chat_of_a_batch_goes_on_from_the_returned_cache(method):
+    """Rows end by themselves in each turn, so padding comes to stand between the turns."""
+    model = tiny.model(dtype=torch.float64)
+    start = tiny.prompts((12, 7, 9), seed=3)
+    free = model.generate(**start, do_sample=False, max_new_tokens=9)[:, 12:]
+    options = {"eos_token_id": [int(free[0, 4]), int(free[1, 6])], "pad_token_id": 0, "return_dict_in_generate": True}
+    chats = []
+    for again in (None, method):
+        ids, mask, cache, turns = start["input_ids"], start["attention_mask"], None, []
+        for turn in range(3):
+            settings = options | {"max_new_tokens": 9} | ({} if cache is None else {"past_key_values": cache})
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            if again is None:
+                result = model.generate(**inputs, do_sample=False, **settings)
+            else:
+                result = generate(again, model, inputs, **settings)
+            new, cache = result.sequences[:, ids.shape[1] :], result.past_key_values
+            more = tiny.prompts((3, 3, 3), seed=10 + turn)["input_ids"]
+            turns.append(new.tolist())
+            ids = torch.cat([result.sequences, more], 1)
+            mask = torch.cat([mask, (new != 0).long(), torch.ones_like(more)], 1)
+        assert not mask[:, 12:].all(), "a row must end before the others in this test"
+        chats.append(turns)
+    assert chats[0] == chats[1]
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
 def test_rows_and_return_sequences_keep_their_order(method):
     model = tiny.model()
     inputs = tiny.prompts((12, 7))

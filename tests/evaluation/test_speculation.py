@@ -128,6 +128,20 @@ def test_methods_that_take_one_prompt_are_left_out_of_batches(measured):
     assert len(reasons) == 2
 
 
+def test_what_is_measured_is_not_lost_where_no_method_serves_a_batch():
+    model, tokenizer = tiny_text.model(), tiny_text.tokenizer()
+    found = speculation.bench_speculation(
+        model, tokenizer, ["def f(x):", "a b a b"], methods=["transformers-prompt-lookup"], batch_sizes=(1, 2),
+        max_new_tokens=4, repeats=1, progress=False,
+    )  # fmt: skip
+    assert len(found.runs) == 1 and [each["batch_size"] for each in found.skipped] == [2]
+
+
+def test_a_draft_that_was_named_and_is_not_there_is_an_error():
+    with pytest.raises(ResourceError, match="no model in"):
+        speculation.bench_speculation(tiny_text.model(), tiny_text.tokenizer(), ["a b"], draft="./none")
+
+
 def test_the_draft_is_that_of_all_default_methods_that_take_one():
     found = speculation._with_draft(method("draft-model"), "./mine")
     assert str(found) == "draft-model:draft=./mine"

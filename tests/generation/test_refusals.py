@@ -9,7 +9,7 @@ from transformers import DynamicCache, QuantizedCache, T5Config, T5ForConditiona
 
 from tests import tiny
 from tokenry.errors import BadParameter, BadPrompt, CacheMisuse, UnsupportedModel
-from tokenry.generation import Plain
+from tokenry.generation import Options, Plain
 from tokenry.kvcache import H2O
 from tokenry.speculation import PromptLookup
 
@@ -25,6 +25,8 @@ from tokenry.speculation import PromptLookup
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"tokenry_options": {"seed": 1}}, "tokenry_options"),
+        ({"tokenry_options": Options(resources={"tabel": 1})}, "'tabel' is no resource of"),
+        ({"max_new_tokens": 10**11}, "lower max_new_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -33,8 +35,23 @@ def test_options_that_cannot_be_honoured(options, word, method):
     model = tiny.model()
     before = model.config._attn_implementation
     with pytest.raises(BadParameter, match=word):
-        model.generate(**tiny.prompts((5,)), custom_generate=method, max_new_tokens=3, **options)
+        model.generate(**tiny.prompts((5,)), custom_generate=method, **{"max_new_tokens": 3, **options})
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"seed": "x"}, "seed='x' is not allowed"),
+        ({"seed": 1.5}, "seed=1.5 is not allowed"),
+        ({"resources": None}, "resources=None is not allowed"),
+        ({"stream": 3}, "stream=3 is not allowed"),
+    ],
+    ids=str,
+)
+def test_options_of_this_door_that_are_of_no_use(given, words):
+    with pytest.raises(BadParameter, match=words):
+        Options(**given)
 
 
 @pytest.mark.parametrize("cls", [Plain, PromptLookup, H2O])

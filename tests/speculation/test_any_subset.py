@@ -397,6 +397,15 @@ def test_fill_says_what_it_cannot():
         tokenry.generate(model, words, "w5", method="any-subset-speculative-decoding")
     with pytest.raises(BadParameter, match="names a mask token"):
         tokenry.fill(tiny.model("llama"), tiny.tokenizer(), "w5 w0")
+    for seed in ("x", 1.5):
+        with pytest.raises(BadParameter, match=f"seed={seed!r} is not allowed"):
+            tokenry.fill(model, words, "w5 w0", seed=seed)
+    with pytest.raises(BadParameter, match="'draft' is no resource of any-subset-speculative-decoding"):
+        tokenry.fill(model, words, "w5 w0", resources={"draft": 1})
+    with pytest.raises(BadParameter, match="is not a model; load one first"):
+        tokenry.fill("tokenry/code", words, "w5 w0")
+    with pytest.raises(BadPrompt, match="cannot be filled"):
+        AnySubsetSampler(model).fill(torch.empty(0, 3, dtype=torch.long))
     with pytest.raises(tokenry.TokenryError, match="context is 512"):
         tokenry.fill(model, words, [5, 10] * 300)
 

@@ -26,6 +26,7 @@ class Beside(Mixed):
     """Random trees with random rows beside them, at random depths, that see what they like."""
 
     slug: ClassVar[str] = "beside"
+    resources: ClassVar[tuple[str, ...]] = ("truth", "never", "around")
 
     def start(self, session: Any) -> torch.Generator:
         generator = super().start(session)

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import tokenry
 from tests import tiny
@@ -181,6 +183,21 @@ def test_a_draft_is_named_by_path_or_handed_over(tmp_path):
         run(model, inputs, DraftModel(), "tokenry/code-draft")
     with pytest.raises(ResourceError, match="4096 tokens in its vocabulary and the model 97"):
         run(model, inputs, DraftModel())
+
+
+def test_a_draft_of_another_tokenizer_is_refused(tmp_path):
+    """Its tokens mean other texts: it would draft in vain, and nobody would know."""
+    model, inputs = tiny.model(), tiny.prompts((8,))
+    near(dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer = tiny.tokenizer()
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    other = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words[::-1])}, words[0]))
+    PreTrainedTokenizerFast(tokenizer_object=other).save_pretrained(tmp_path)
+    drafter = method(f"draft-model:draft={tmp_path}")
+    with pytest.raises(ResourceError, match="another tokenizer than the model"):
+        run(model, inputs, drafter, resources={"tokenizer": tokenizer})
+    # Without the call's own there is nothing to compare.
+    assert torch.equal(run(model, inputs, drafter).sequences, run(model, inputs).sequences)
 
 
 @pytest.mark.parametrize("kind", tiny.REFUSED)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tokenry.errors import BadParameter, ResourceError, UnsupportedModel
-from tokenry.generation import Options
+from tokenry.generation import Options, Source
 from tokenry.methods import trainer
 from tokenry.models import load
 from tokenry.speculation.future_token_prediction import FTPConfig, FTPDecoder, FTPForCausalLM, FutureTokenPrediction
@@ -309,7 +309,11 @@ def test_unverified_blocks_end_at_end_tokens_and_keep_rows_apart():
     method = FutureTokenPrediction(lossless=False)
     free = generate(model, inputs, method).sequences[:, 12:]
     end = int(free[0, 6])
-    got = generate(model, inputs, method, eos_token_id=end, pad_token_id=0).sequences[:, 12:]
+    result = generate(model, inputs, method, eos_token_id=end, pad_token_id=0)
+    # Nothing was verified, and the result says so.
+    assert result.stats.extra["lossless"] is False and result.stats.drafted == result.stats.accepted == 0
+    assert not bool((result.sources == Source.DRAFT).any())
+    got = result.sequences[:, 12:]
     for row in range(2):
         where = (free[row] == end).nonzero()
         stop = int(where[0]) + 1 if len(where) else 20

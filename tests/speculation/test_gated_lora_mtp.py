@@ -343,6 +343,15 @@ def test_what_cannot_be_served_is_refused():
         generate(model, tiny.prompts((5,)), GatedLoRAMTP(k=K + 1), random_adapters(model))
     with pytest.raises(BadParameter, match="at least 1"):
         GatedLoRAMTP(k=0)
+    with pytest.raises(ResourceError, match="trained for another model"):
+        generate(model, tiny.prompts((5,)), GatedLoRAMTP(), random_adapters(tiny.model("gpt2")))
+    with pytest.raises(ResourceError, match="must be Adapters or their folder, not int"):
+        generate(model, tiny.prompts((5,)), GatedLoRAMTP(), 1)
+    adapters = random_adapters(model)
+    adapters.targets.append("model.layers.9.mlp.up_proj")
+    with pytest.raises(AttributeError), gated(model, adapters, 0, 1):
+        pass
+    assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(UnsupportedModel, match="Mamba"):
         Adapters(tiny.model("mamba"), k=2, r=2, alpha=4.0)
     with pytest.raises(BadParameter, match="length"):

@@ -214,6 +214,18 @@ def test_a_call_starts_from_a_file_and_leaves_it_as_it_is(decoder, tmp_path):
     assert not torch.equal(held.ids, table.ids)
 
 
+def test_a_table_of_inference_mode_is_written_outside_of_it():
+    with torch.inference_mode():
+        table = opened(order=2, contexts=11, scored=True)
+    assert not any(tensor.is_inference() for tensor in (table.ids, table.seen, table.scores, table.keys))
+
+
+def test_the_home_folder_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    opened(order=2, contexts=11, scored=True).save("~/t.safetensors")
+    assert RecyclingTable.load("~/t.safetensors").order == 2
+
+
 def test_a_damaged_file_is_refused_and_a_place_that_is_not_there(tmp_path):
     table = opened(order=2, contexts=11, scored=True)
     table.learn(torch.tensor([4, 5]), logits([1, 2, 3], [5, 6, 7]), torch.tensor([[8], [-1]]))
@@ -225,6 +237,9 @@ def test_a_damaged_file_is_refused_and_a_place_that_is_not_there(tmp_path):
         (about, {**tensors, "ids": tensors["ids"] + 500}),
         (about, {**tensors, "ids": tensors["ids"][:5].clone()}),
         (about, {name: each for name, each in tensors.items() if name != "seen"}),
+        (about, {**tensors, "ids": tensors["ids"].float()}),
+        (about, {**tensors, "seen": tensors["seen"].long()}),
+        ({"recycling": about["recycling"].replace('"contexts": 11', '"contexts": 0')}, tensors),
         ({"recycling": "{}"}, tensors),
         ({"recycling": "[1]"}, tensors),
     ]

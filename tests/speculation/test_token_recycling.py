@@ -116,6 +116,17 @@ def test_greedy_is_lossless(template, start, batch):
         assert ours.stats.drafted == 0 and ours.stats.tokens_per_pass == 1
 
 
+def test_a_hot_table_learns_the_prompts_contexts_where_a_tree_grows():
+    model, inputs = tiny.model(), tiny.prompts((8,))
+    for template, learns in (("auto", True), ("2.2.2", False)):
+        decoder = TokenRecycling(template=template)
+        table = decoder.new_table()
+        run(model, tiny.prompts((8,), seed=5), decoder, table, max_new_tokens=1)
+        before = table.seen.clone()
+        run(model, inputs, decoder, table, max_new_tokens=1)
+        assert bool((table.seen != before).any()) is learns
+
+
 def test_hot_is_at_least_as_good_as_cold_and_a_chain_worse_than_the_tree():
     model, inputs = tiny.model(), tiny.prompts((8,))
     table = RecyclingTable()

@@ -49,6 +49,19 @@ def test_constraints_are_those_of_the_row():
     assert torch.equal(ours.sequences, plain.sequences[:, :32]) and ours.stats.accepted > 0
 
 
+def test_a_processor_that_writes_in_place_is_served_in_a_ragged_batch():
+    model, inputs = tiny.model(dtype=torch.float64), tiny.prompts((20, 13, 8), seed=4)
+
+    def never(ids, scores):
+        scores[:, 5] = -float("inf")
+        return scores
+
+    options = {"logits_processor": [never], "eos_token_id": None}
+    plain = run(model, inputs, **options, max_new_tokens=40)
+    ours = run(model, inputs, Mixed(), plain.sequences, **options)
+    assert torch.equal(ours.sequences, plain.sequences[:, : ours.sequences.shape[1]]) and ours.stats.accepted > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -86,6 +99,7 @@ class Drawn(Drafter):
     """Drafts drawn from a law of its own, which is wrong: a chain, or two children with one grandchild each."""
 
     slug: ClassVar[str] = "drawn"
+    resources: ClassVar[tuple[str, ...]] = ("truth", "never")
     tree: bool = False
 
     def propose(self, session: Any, state: Any, room: int) -> DraftTree:

@@ -17,7 +17,7 @@ class Oracle(Drafter):
     """Drafts a chain of the true continuation, which the test puts into the resources: ids `[batch, length]`."""
 
     slug: ClassVar[str] = "oracle-chain"
-    resources: ClassVar[tuple[str, ...]] = ("truth",)
+    resources: ClassVar[tuple[str, ...]] = ("truth", "never")
     depth: int = 4
 
     def propose(self, session: Any, state: Any, room: int) -> DraftTree:
@@ -33,6 +33,7 @@ class Junk(Drafter):
     """Drafts a tree of the one token that never comes."""
 
     slug: ClassVar[str] = "junk"
+    resources: ClassVar[tuple[str, ...]] = ("truth", "never")
 
     def propose(self, session: Any, state: Any, room: int) -> DraftTree:
         shape = TreeShape.of((-1, 0, 0, 1, 1, 3))
@@ -47,6 +48,7 @@ class Mixed(Drafter):
     nodes that are not real; duplicates happen."""
 
     slug: ClassVar[str] = "mixed"
+    resources: ClassVar[tuple[str, ...]] = ("truth", "never")
     nodes: int = 9
     shared: bool = False
     holes: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tokenry.errors import CacheMisuse
@@ -38,14 +39,14 @@ class PartialCache(TokenCache):
         own.total, own._seen, own._lead, own._ragged = cache.total, cache._seen, cache._lead, cache._ragged
         return own
 
-    def to_dynamic(self, length: int | None = None) -> DynamicCache:
+    def to_dynamic(self, length: int | None = None, first: Tensor | None = None) -> DynamicCache:
         """As of any cache, but no longer than `complete`: a caller goes on from there and feeds the rest."""
         if self.complete is None:
-            return super().to_dynamic(length)
+            return super().to_dynamic(length, first)
         if self.complete == 0:
             # Some layers may never have run.
             return DynamicCache(config=self.config)
-        return super().to_dynamic(self.complete if length is None else min(length, self.complete))
+        return super().to_dynamic(self.complete if length is None else min(length, self.complete), first)
 
 
 def check_given(name: str, given: Any) -> None:

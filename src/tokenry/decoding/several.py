@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -91,6 +91,8 @@ class Several:
 @dataclass(frozen=True, kw_only=True)
 class SeveralDecoder(Decoder, ABC):
     """Base of decoders that write several sequences behind each prompt."""
+
+    inner: ClassVar[tuple[str, ...]] = (_PLACE,)
 
     @property
     def single(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Group
 
 from tokenry.errors import BadParameter, PromptTooLong, TokenryError
+from tokenry.generation.follower import second_model
 from tokenry.methods import Combination, Method, load_class, parameters, rows
 from tokenry.methods import method as read_method
 from tokenry.models import context_length
@@ -198,6 +199,9 @@ def bench_speculation(
                 "ask for fewer new tokens"
             )
     tasks = _tasks(prompts, workloads, per_task, seed)
+    if draft is not None:
+        # A draft model that was named and cannot serve is an error, not a row that is left out.
+        second_model("draft-model", "draft", draft, model, {"tokenizer": tokenizer})
     setting = Setting(True, temperature) if temperature else Setting()
     skipped: list[dict[str, Any]] = []
     if methods is None:
@@ -217,6 +221,8 @@ def bench_speculation(
         serving = [each for each in chosen if size == 1 or not isinstance(each, Peer) or each.batches]
         reason = f"takes one prompt at a time, not {size}"
         skipped += [_skip(each, reason, size) for each in chosen if each not in serving]
+        if chosen and not serving:
+            continue
         run = compare(
             model, tokenizer, tasks, serving, max_new_tokens=max_new_tokens, tail=tail, repeats=repeats,
             batch_size=size, seed=seed, sample=setting.do_sample, temperature=setting.temperature,

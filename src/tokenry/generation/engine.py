@@ -8,10 +8,12 @@ session's.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -57,6 +59,9 @@ class Decoder(Method, ABC):
     """Whether it can draft before the prompt was read, which saves the pass that reads it: its first verify step does
     (one row, no policy)."""
 
+    inner: ClassVar[tuple[str, ...]] = ()
+    """Resources that it hands to itself, which nobody else names."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # As in custom_generate=TokenRecycling, which transformers calls with the model.
         if args:
@@ -100,6 +105,7 @@ class Decoder(Method, ABC):
                 f"tokenry_options={options!r} is not allowed; it must be tokenry.generation.Options(...)"
             )
         refuse(self, model, generation_config, logits_processor, model_kwargs)
+        check_resources([self, active_policy(model)], options.resources)
         given: Cache | None = model_kwargs.get("past_key_values")
         mask: Tensor | None = model_kwargs.get("attention_mask")
         positions: Tensor | None = model_kwargs.get("position_ids")
@@ -212,6 +218,21 @@ def refuse(
         )
     if getattr(given, "offloading", False):
         raise BadParameter(f"{name}: an offloaded cache is not allowed as past_key_values; pass a plain DynamicCache")
+
+
+def check_resources(parts: Sequence[Any], resources: Mapping[str, Any]) -> None:
+    """Refuse a name that the method does not take, whose value would be lost."""
+    known = [name for part in parts if part is not None for name in part.resources]
+    inner = {name for part in parts for name in getattr(part, "inner", ())}
+    for name in resources:
+        if name in known or name == "tokenizer" or name in inner:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1)
+        guess = f" (did you mean {near[0]!r}?)" if near else ""
+        owner = "+".join(part.slug for part in parts if part is not None)
+        raise BadParameter(
+            f"{name!r} is no resource of {owner}{guess}; it takes {', '.join(map(repr, known)) or 'none'}"
+        )
 
 
 _warned: set[tuple[str, int, str]] = set()

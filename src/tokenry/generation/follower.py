@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from tokenry.errors import ResourceError
 from tokenry.generation.auxiliary import listening
 from tokenry.generation.session import Session, keeps_logits
-from tokenry.models import TokenCache, context_length, resource
+from tokenry.models import TokenCache, context_length, own_tokenizer, resource
 from tokenry.models.anatomy import text_config
 
 
@@ -114,7 +115,8 @@ def second_model(
     """The second model of a method beside `model`: the resource `field` if it was handed over, else the one of `name`.
 
     Vocabularies of different size are taken where the tokenizer is at hand and has no more tokens than the smaller
-    (some families pad them).
+    (some families pad them). Where the second model's folder has a tokenizer too, the two must agree; a few special
+    tokens may differ.
 
     Raises:
         ResourceError: It does not load, is on another device, or has another vocabulary.
@@ -140,4 +142,24 @@ def second_model(
             f"share one tokenizer, and may differ in padding alone ({known}): give the model's own small sibling, "
             f"as in {slug}:{field}=PATH"
         )
+    other = own_tokenizer(second) if hasattr(tokenizer, "get_vocab") else None
+    if other is not None and _agreement(tokenizer, other) < _AGREEMENT:
+        raise ResourceError(
+            f"{slug}: the {field} {said} has another tokenizer than the model, so its tokens mean other texts: give "
+            f"the model's own small sibling, as in {slug}:{field}=PATH"
+        )
     return second
+
+
+# Share of the ids of the smaller tokenizer that must stand for the same token in both.
+_AGREEMENT = 0.9
+_agreements: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, float]] = weakref.WeakKeyDictionary()
+
+
+def _agreement(one: Any, other: Any) -> float:
+    known = _agreements.setdefault(one, weakref.WeakKeyDictionary())
+    if other not in known:
+        mine, its = one.get_vocab(), other.get_vocab()
+        same = sum(its.get(token) == number for token, number in mine.items())
+        known[other] = same / max(1, min(len(mine), len(its)))
+    return known[other]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
-from tokenry.generation.engine import Decoder, Options
+from tokenry.generation.engine import Decoder, Options, check_resources
 from tokenry.generation.plain import Plain
 from tokenry.generation.result import GenerationResult
+from tokenry.generation.session import check_seed, is_integer
 from tokenry.generation.stream import TextStream
 from tokenry.methods import Combination, Method, method
 from tokenry.models import context_length
@@ -90,7 +89,7 @@ def generate(
     decoder, policy = _parts(method)
     options = dict(generate_options)
     stream = _check_options(options, stream, seed)
-    _check_resources([decoder, policy], resources or {})
+    check_resources([decoder, policy], resources or {})
     rows = _rows(tokenizer, prompt)
     ids, mask = _padded(rows, tokenizer, model)
     _check_length(model, ids.shape[1], options)
@@ -175,8 +174,7 @@ def _check_options(options: dict[str, Any], stream: Any, seed: int | None) -> An
             "return_dict_in_generate=False is not allowed; tokenry.generate returns a GenerationResult, whose "
             "`sequences` are the ids"
         )
-    if seed is not None and not _is_integer(seed):
-        raise BadParameter(f"seed={seed!r} is not allowed; it must be an integer or None")
+    check_seed(seed)
     streamer = options.pop("streamer", None)
     if streamer is None:
         if stream is not None and not _is_streamer(stream) and not callable(stream):
@@ -195,26 +193,8 @@ def _check_options(options: dict[str, Any], stream: Any, seed: int | None) -> An
     return streamer
 
 
-def _check_resources(parts: Sequence[Method | None], resources: Mapping[str, Any]) -> None:
-    """Refuse a name that the method does not take, whose value would be lost."""
-    known = [name for part in parts if part is not None for name in part.resources]
-    for name in resources:
-        if name in known or name == "tokenizer":
-            continue
-        near = difflib.get_close_matches(str(name), known, n=1)
-        guess = f" (did you mean {near[0]!r}?)" if near else ""
-        owner = "+".join(part.slug for part in parts if part is not None)
-        raise BadParameter(
-            f"{name!r} is no resource of {owner}{guess}; it takes {', '.join(map(repr, known)) or 'none'}"
-        )
-
-
 def _is_streamer(given: Any) -> bool:
     return callable(getattr(given, "put", None)) and callable(getattr(given, "end", None))
-
-
-def _is_integer(given: Any) -> bool:
-    return isinstance(given, Integral) and not isinstance(given, bool)
 
 
 def _listed(given: Any) -> Any:
@@ -235,7 +215,7 @@ def _unpadded(batch: Mapping[str, Any]) -> Any:
     ids, mask = _listed(batch["input_ids"]), _listed(batch.get("attention_mask"))
     if mask is None or not ids:
         return ids
-    flat = _is_integer(ids[0])
+    flat = is_integer(ids[0])
     pairs = [(ids, mask)] if flat else list(zip(ids, mask, strict=False))
     if (not flat and len(ids) != len(mask)) or any(len(row) != len(own) for row, own in pairs):
         raise BadPrompt("the attention mask is not of the shape of the ids; give what the tokenizer returned")
@@ -255,9 +235,9 @@ def _rows(tokenizer: Any, prompt: Prompt) -> list[list[int]]:
         rows = [_encode(tokenizer, part) for part in prompt]  # type: ignore[arg-type]
     elif all(isinstance(part, dict) for part in prompt):
         rows = [_chat(tokenizer, prompt)]  # type: ignore[arg-type]
-    elif all(_is_integer(part) for part in prompt):
+    elif all(is_integer(part) for part in prompt):
         rows = [[int(part) for part in prompt]]  # type: ignore[arg-type]
-    elif all(isinstance(part, list | tuple | range) and all(map(_is_integer, part)) for part in prompt):
+    elif all(isinstance(part, list | tuple | range) and all(map(is_integer, part)) for part in prompt):
         rows = [[int(token) for token in part] for part in prompt]  # type: ignore[union-attr]
     else:
         raise BadPrompt(
@@ -323,7 +303,7 @@ def _check_length(model: PreTrainedModel, prompt: int, options: dict[str, Any]) 
     if new is None and whole is None:
         new, whole = model.generation_config.max_new_tokens, model.generation_config.max_length
     for name, value in (("max_new_tokens", new), ("max_length", whole)):
-        if value is not None and not _is_integer(value):
+        if value is not None and not is_integer(value):
             raise BadParameter(f"{name}={value!r} is not allowed; it must be an integer")
         if value is not None and value < 1:
             raise BadParameter(f"{name}={value} is not allowed; it must be at least 1")

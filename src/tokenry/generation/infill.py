@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenry.errors import BadParameter, BadPrompt, PromptTooLong
+from tokenry.generation.engine import check_resources
 from tokenry.generation.full import Prompt, _padded, _rows
 from tokenry.generation.result import GenerationResult
+from tokenry.generation.session import check_seed
 from tokenry.methods import Method, method
 from tokenry.models import context_length
 from tokenry.sampling import Noise
@@ -63,7 +65,7 @@ class Canvas:
         Raises:
             BadPrompt: The ids are not two-dimensional, or a row has nothing to fill.
         """
-        if ids.ndim != 2 or ids.is_floating_point():
+        if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
             raise BadPrompt(f"ids of shape {tuple(ids.shape)} cannot be filled; give integers [batch, length]")
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if valid.shape != ids.shape:
@@ -71,9 +73,11 @@ class Canvas:
         masked = (ids == mask_id) & valid
         if not bool(masked.any(1).all()):
             raise BadPrompt(f"a text has nothing to fill; put the mask token (id {mask_id}) where tokens are wanted")
-        if not isinstance(seed, int):
+        if not isinstance(seed, torch.Generator):
+            check_seed(seed)
+        if seed is None or isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (1,), generator=seed))
-        return cls(ids, masked, valid, mask_id, Noise(seed, ids.device), resources or {})
+        return cls(ids, masked, valid, mask_id, Noise(int(seed), ids.device), resources or {})
 
     @property
     def positions(self) -> Tensor:
@@ -156,7 +160,11 @@ def fill(
         BadParameter: The method does not fill, or no mask token is known.
         MethodNotFound, UnsupportedModel: As the method raises.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise BadParameter(f"{model!r} is not a model; load one first: model, tokenizer = tokenry.load(name)")
     infiller = _infiller(method)
+    check_seed(seed)
+    check_resources([infiller], resources or {})
     mask_id = getattr(tokenizer, "mask_token_id", None)
     if mask_id is None:
         mask_id = getattr(model.config, "mask_token_id", None)

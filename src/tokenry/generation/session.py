@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from tokenry.sampling import Noise, is_context_free, is_row_free, probabilities,
 _GAP_SHARE, _GAP_SLOTS = 0.25, 32
 # Raw prompt logits are computed for so many elements at a time (256 MB in float16).
 _PROMPT_LOGITS = 2**27
+# Ids of a call, those that may still come included (1 GB).
+_MOST_IDS = 2**27
 # Auxiliary rows behind a prompt need a mask that says who sees whom: it spans so many tokens of the prompt at most.
 _PROMPT_BESIDE = 1024
 
@@ -44,6 +47,15 @@ class Options:
     seed: int | None = None
     stream: Callable[[list[int] | None], None] | None = None
     resources: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not isinstance(self.resources, Mapping):
+            raise BadParameter(
+                f"resources={self.resources!r} is not allowed; it must be a mapping from names to objects"
+            )
+        if self.stream is not None and not callable(self.stream):
+            raise BadParameter(f"stream={self.stream!r} is not allowed; it must be a function that takes ids")
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,11 @@ class Session:
 
         lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
         self.max_length = min([*lengths, config.max_length] if config.max_length else lengths)
+        if self.batch * self.max_length > _MOST_IDS:
+            raise BadParameter(
+                f"{self.batch} rows of up to {self.max_length} tokens are not allowed, because all ids of a call are "
+                f"held; lower max_new_tokens or max_length, to at most {_MOST_IDS // self.batch} tokens in all"
+            )
         self._eos = {i for c in criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.tolist()}
         known = (EosTokenCriteria, MaxLengthCriteria)
         self._criteria: Any = StoppingCriteriaList(c for c in criteria if type(c) not in known)
@@ -294,7 +311,7 @@ class Session:
                 # A processor may know rows by number (left padding, a constraint for each prompt): give it a batch of
                 # the usual size, all of it this row, and read the row's own place.
                 many = self._processor_batch
-                scores[row] = self.processors(ids.expand(many, -1), own.expand(many, -1))[self._rows[row]]
+                scores[row] = self.processors(ids.repeat(many, 1), own.repeat(many, 1))[self._rows[row]]
         return scores
 
     def look_ahead(self, tokens: Tensor, column: int) -> None:
@@ -484,7 +501,9 @@ class Session:
         also goes into the empty cache that the caller passed, if any."""
         if not isinstance(self.cache, TokenCache) or self.policy is not None or self.cache is given:
             return self.cache
-        dynamic = self.cache.to_dynamic(max(self.lengths) - 1)
+        # Ids may be the new ones alone; the mask covers what was cached before them too.
+        columns = self._covered - self.prompt_length + max(self.lengths) - 1
+        dynamic = self.cache.to_dynamic(columns, None if self._mask is None else self._mask.bool())
         if type(given) is DynamicCache:
             given.layers = dynamic.layers
             return given
@@ -679,6 +698,17 @@ class Session:
         else:
             positions = (valid.long().cumsum(-1) - 1).clamp(min=0) + start
         return positions.expand(self.batch, -1)
+
+
+def is_integer(given: Any) -> bool:
+    """Whether it is a whole number, and no truth value."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that is neither an integer nor None."""
+    if seed is not None and not is_integer(seed):
+        raise BadParameter(f"seed={seed!r} is not allowed; it must be an integer or None")
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:

@@ -12,7 +12,7 @@ from tokenry.models.anatomy import Anatomy, anatomy, context_length
 from tokenry.models.attention import PolicyBlock, active_policy, attach, attached, detach
 from tokenry.models.cache import TokenCache
 from tokenry.models.layer import TokenLayer
-from tokenry.models.load import bundled, load, loaded_name, path, resource, trained_folder, weights_hash
+from tokenry.models.load import bundled, load, loaded_name, own_tokenizer, path, resource, trained_folder, weights_hash
 from tokenry.models.policy import Policy
 from tokenry.models.rotary import Rotary, planes
 from tokenry.models.rows import Rows
@@ -22,5 +22,5 @@ from tokenry.models.statistics import AttentionRows
 __all__ = [
     "Anatomy", "AttentionRows", "Block", "Policy", "PolicyBlock", "Rotary", "Rows", "Slots", "TokenCache",
     "TokenLayer", "active_policy", "anatomy", "attach", "attached", "bundled", "context_length", "detach", "load",
-    "loaded_name", "path", "planes", "resource", "trained_folder", "weights_hash",
+    "loaded_name", "own_tokenizer", "path", "planes", "resource", "trained_folder", "weights_hash",
 ]  # fmt: skip

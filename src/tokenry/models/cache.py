@@ -381,14 +381,21 @@ class TokenCache(Cache):
         """The layers that hold every token of the cache."""
         return [layer for layer in self.layers if layer.slots is self.slots]
 
-    def _columns(self, slots: Slots, last: int | None, end: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _columns(
+        self, slots: Slots, last: int | None, end: int | None = None, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The slot that stands in each column of aligned rows, whether there is one, and its position, each
-        ``[batch, columns]``: of the first ``end`` columns, or as many as the longest row has, the ``last``, or all."""
+        ``[batch, columns]``: of the first ``end`` columns, or as many as the longest row has, the ``last``, or all.
+        ``first`` says of the first columns which hold a token; without it rows are contiguous behind their padding."""
         held, places = slots.copy().materialise(self.batch, self.device)
         lead = self._lead if self._lead is not None else torch.zeros_like(self.seen)
         end = int((lead + self.seen).max()) if end is None else end
         start = 0 if last is None else max(0, end - last)
-        positions = torch.arange(start, end, device=self.device) - lead[:, None]
+        if first is None:
+            positions = torch.arange(start, end, device=self.device) - lead[:, None]
+        else:
+            behind = torch.arange(max(0, end - first.shape[1]), device=self.device) + first.sum(-1, keepdim=True)
+            positions = torch.cat([(first.cumsum(-1) - 1).masked_fill(~first, -1), behind], 1)[:, start:end]
         match = (places[:, :1] == positions[:, :, None]) & held[:, :1]
         return match.byte().argmax(-1), match.any(-1), positions.clamp(min=0)
 
@@ -432,12 +439,14 @@ class TokenCache(Cache):
             kept.append(positions.masked_fill(~valid, -1).sort(-1).values)
         return kept
 
-    def to_dynamic(self, length: int | None = None) -> DynamicCache:
+    def to_dynamic(self, length: int | None = None, first: Tensor | None = None) -> DynamicCache:
         """The same keys and values as transformers' own cache: each row's tokens contiguous behind its left padding,
         rows that ended early padded on the right with zeros.
 
         Args:
             length: Columns to hand over; None: as many as the longest row has.
+            first: Which of the first columns hold a token, bool ``[batch, n]``, where padding stands among them, as
+                behind rows that ended early in an earlier turn.
 
         Raises:
             CacheMisuse: A policy has dropped tokens.
@@ -454,7 +463,9 @@ class TokenCache(Cache):
             if layer.window is None and self.slots.valid is None:
                 tensors.append((keys[:, :, :end], values[:, :, :end]))
                 continue
-            columns, valid, _ = self._columns(layer.slots, None if layer.window is None else layer.window - 1, end)
+            columns, valid, _ = self._columns(
+                layer.slots, None if layer.window is None else layer.window - 1, end, first
+            )
             picks = columns[:, None].expand(-1, keys.shape[1], -1)
             real = valid[:, None, :, None]
             tensors.append((picked(keys, picks) * real, picked(values, picks) * real))

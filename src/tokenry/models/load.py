@@ -215,6 +215,20 @@ def resource(name: str | Path | PreTrainedModel, beside: PreTrainedModel) -> Pre
     return _shared(_locate(name), beside.dtype, beside.device)
 
 
+@functools.lru_cache(maxsize=8)
+def _shared_tokenizer(where: str) -> Any:
+    try:
+        return _tokenizer(where, None, False, {})
+    except MissingTokenizer:
+        return None
+
+
+def own_tokenizer(model: PreTrainedModel) -> Any:
+    """The tokenizer in the folder that a model was loaded from; None where it came from elsewhere or has none."""
+    place = str(getattr(model, "name_or_path", "") or "")
+    return _shared_tokenizer(place) if place and Path(place).is_dir() else None
+
+
 def loaded_name(model: PreTrainedModel) -> str:
     """The name a model was loaded by: its bundled name, path or id; empty if it has none."""
     place = str(getattr(model, "name_or_path", "") or "")

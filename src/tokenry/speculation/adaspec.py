@@ -303,6 +303,11 @@ class AdaSpecTrainer(Trainable):
         steps: int | None,
         seed: int,
     ) -> dict[str, Any]:
+        if Path(self.draft).expanduser().resolve() == out.resolve():
+            raise BadParameter(
+                f"{self.slug}: draft={self.draft} is the folder that the result goes to, and would be lost; name "
+                "another one as out"
+            )
         steps = 1000 if steps is None else steps
         first = self.reference_steps or steps
         draft = self.start(model, tokenizer)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -137,6 +137,8 @@ class SelfDraft(Drafter):
         UnsupportedModel: The policy cannot rule this model, as where every layer has a sliding window.
     """
 
+    inner: ClassVar[tuple[str, ...]] = (_CACHE,)
+
     policy: str = "snapkv"
     budget: int | float | None = None
     tokens: int = 4
@@ -178,7 +180,7 @@ class SelfDraft(Drafter):
         options = tokenry_options or Options()
         with _kept(model, self.ruling()) as cache:
             if isinstance(options, Options):
-                options = dataclasses.replace(options, resources=options.resources | {_CACHE: cache})
+                options = dataclasses.replace(options, resources={**options.resources, _CACHE: cache})
             return super().__call__(
                 model, input_ids, logits_processor, stopping_criteria, generation_config, options, **model_kwargs
             )

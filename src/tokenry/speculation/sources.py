@@ -218,15 +218,18 @@ class RecyclingTable:
                 raise BadParameter(f"k={self.k} is not allowed; k must be at most the model's {vocab} ids")
             rows = vocab + self.contexts
             self.vocab = vocab
-            self.ids = torch.zeros(rows, self.k, dtype=torch.int32, device=device)
-            self.seen = torch.zeros(rows, dtype=torch.bool, device=device)
-            if self.scored:
-                self.scores = torch.zeros(rows, self.k, dtype=torch.float16, device=device)
-            if self.contexts:
-                self.keys = torch.zeros(self.contexts, dtype=torch.int64, device=device)
+            # A table that is first used in inference mode is written outside of it later.
+            with torch.inference_mode(False):
+                self.ids = torch.zeros(rows, self.k, dtype=torch.int32, device=device)
+                self.seen = torch.zeros(rows, dtype=torch.bool, device=device)
+                if self.scored:
+                    self.scores = torch.zeros(rows, self.k, dtype=torch.float16, device=device)
+                if self.contexts:
+                    self.keys = torch.zeros(self.contexts, dtype=torch.int64, device=device)
         self.fits(vocab)
         if self.ids.device != device:
-            self._set({name: tensor.to(device) for name, tensor in self._tensors().items()})
+            with torch.inference_mode(False):
+                self._set({name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def fits(self, vocab: int) -> None:
         """Check that a table which was used is one for logits of a width.
@@ -387,7 +390,7 @@ class RecyclingTable:
             ResourceError: The file is missing, is no recycling table, or is of another tokenizer.
         """
         try:
-            with safe_open(str(path), "pt") as file:
+            with safe_open(str(Path(path).expanduser()), "pt") as file:
                 about = json.loads((file.metadata() or {}).get("recycling", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError, ValueError) as error:
@@ -419,6 +422,11 @@ class RecyclingTable:
 def _whole(about: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
     """Whether a file's tensors are those that it says they are."""
     if not all(isinstance(about.get(name), int) for name in ("k", "vocab", "order", "contexts")):
+        return False
+    if about["k"] < 1 or about["order"] < 1 or (about["order"] > 1) != (about["contexts"] > 0):
+        return False
+    kinds = {"ids": torch.int32, "seen": torch.bool, "keys": torch.int64, "scores": torch.float16}
+    if any(tensor.dtype != kinds.get(name) for name, tensor in tensors.items()):
         return False
     rows, shapes = about["vocab"] + about["contexts"], {name: tuple(each.shape) for name, each in tensors.items()}
     wanted = {"ids": (rows, about["k"]), "seen": (rows,)}

@@ -88,8 +88,8 @@ class TokenRecycling(Drafter):
         k: Candidates kept for each token.
         template: `"2.2.2"` (the paper's 80 nodes), `"auto"`, a number of nodes (the first so many of the 80), or paths
             of candidate ranks such as `((0,), (1,), (0, 0))`; `()` is plain decoding.
-        harvest_prompt: Whether a table that holds nothing yet learns from the prompt (an addition; False reproduces the
-            paper).
+        harvest_prompt: Whether the table learns from the prompt: one that holds nothing yet, and with `template="auto"`
+            any (an addition; False reproduces the paper).
         table: File of a saved table, or the folder of a trained one.
     """
 
@@ -129,7 +129,8 @@ class TokenRecycling(Drafter):
         learns = self.harvest_prompt and table.is_cold
         if self.template == "auto":
             recycler = Recycler(session.batch, table, _LEAST)
-            if learns:
+            if self.harvest_prompt:
+                # What the prompt's own contexts say is worth more than what other texts said.
                 session.on_prompt = recycler.harvest
             return _Auto(recycler, Odds(session), Texts(session, 1))
         state = _State(table, _template(self._paths(), session.device))

@@ -17,7 +17,8 @@ def read(path: str | Path) -> Iterator[Example]:
 
     A line is a string, or an object with one of ``prompt``, ``text``, ``question``, ``input``, ``instruction``,
     or Spec-Bench's ``turns`` (the first is used). An optional ``answer`` (or ``reference``), a text, a
-    number or a list of them, is scored by containment, any of a list counts; lines without one are not scored.
+    number or a list of them, which may be nested, is scored by containment, any of them counts; lines without one are
+    not scored.
 
     Raises:
         BadPrompt: The file is missing, a folder or empty, or a line is not UTF-8 or not of these forms (the message
@@ -89,8 +90,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def _answers(given: object, where: str) -> list[str]:
-    found = given if isinstance(given, list) else [given]
-    texts = [str(each) for each in found if isinstance(each, str | int | float) and not isinstance(each, bool)]
-    if any(isinstance(each, dict | list) for each in found):
+    if isinstance(given, list):
+        # Spec-Bench has lists of lists.
+        return [text for each in given for text in _answers(each, where)]
+    if isinstance(given, dict):
         raise BadPrompt(f"{where}: answer must be a text, a number or a list of them, not {json.dumps(given)[:60]}")
-    return [text for text in texts if text]
+    return [str(given)] if isinstance(given, str | int | float) and not isinstance(given, bool) and given != "" else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class ExactByteProbabilities(Decoder):
             ``"canonical"``: the model's probabilities are renormalised over canonical sequences at every token.
         prune: Covers whose share of probability falls below this are dropped, and their forwards saved; 0: none.
     """
+
+    inner: ClassVar[tuple[str, ...]] = (_KEEPS,)
 
     unit: Literal["byte", "token"] = "byte"
     paths: Literal["fast", "canonical"] = "fast"

@@ -69,6 +69,10 @@ class _State:
     committed: int = 0
     routed: int = 0
 
+    def unread(self, session: Session) -> list[tuple[int, int, bool]]:
+        """Of each row the columns that the model has read, the row's length, and whether it goes on."""
+        return list(zip(self.large.read, session.lengths, session.alive, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class R2R(Decoder):
@@ -180,7 +184,9 @@ class R2R(Decoder):
         assert asked is not None
         if bool(asked.any()):
             if theirs is None:
-                theirs = state.large.catch_up(session, asked)
+                # Rows that have ended are read to their end on the way, for whoever goes on from the cache.
+                owed = [not alive and read < length for read, length, alive in state.unread(session)]
+                theirs = state.large.catch_up(session, asked | torch.tensor(owed, device=session.device))
                 session.stats.passes += int(asked.sum())
             their_scores = session.process(theirs)
             their_tokens = session.choose(their_scores)
@@ -253,12 +259,9 @@ class R2R(Decoder):
         extra["activated_parameters"] = own_parameters + share * their_parameters
         if isinstance(session.cache, PartialCache):
             # A row that is behind when the others are done has that much less to hand over.
-            behind = [
-                read
-                for read, length, alive in zip(state.large.read, session.lengths, session.alive, strict=True)
-                if read < length - (not alive)
-            ]
-            session.cache.complete = min(behind, default=None)
+            session.cache.complete = min(
+                (read for read, length, _ in state.unread(session) if read < length), default=None
+            )
 
 
 class _Reading:

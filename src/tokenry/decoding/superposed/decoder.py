@@ -194,6 +194,7 @@ class Superposed(SeveralDecoder):
         held = session.cache.fork() if self.reset and self.k > 1 else None
         shares: list[Tensor] = []
         fresh = 0  # where the drafts last had one text
+        going = session.active
         for column in range(room):
             scores = self._scores(session, drafts, logits, column)
             if session.want_logits:
@@ -201,7 +202,7 @@ class Superposed(SeveralDecoder):
             if session.want_scores:
                 place.scores.append(scores.expand(-1, self.k, -1))
             self._extend(session, place, table, drafts, scores, column)
-            going = drafts.going
+            before, going = going, drafts.going
             if column + 1 == room or not bool(going.any()):
                 break
             shares.append(drafts.weights)
@@ -211,7 +212,9 @@ class Superposed(SeveralDecoder):
                 held, fresh = session.cache.fork(), column + 1
             else:
                 mixture = mixed(session.model, drafts.ids[..., column], shares[-1])
-                logits = read(session, going[:, None], inputs_embeds=mixture)
+                # A cache that is returned holds the end token of a row that ended before others.
+                fed = before if self.single else going
+                logits = read(session, fed[:, None], inputs_embeds=mixture)
         return self._finish(session, place, drafts, start, column + 1, shares)
 
     def _behind(self, session: Session, table: NgramTable | None, start: int) -> Tensor | None:

@@ -68,6 +68,7 @@ def bench_drafters(
     Raises:
         BadParameter: A part is not known, or a number is too small.
         BadPrompt, PromptTooLong: The tasks or texts cannot be used.
+        ResourceError: adaspec is asked for, and its draft cannot be distilled.
     """
     chosen = list(dict.fromkeys(parts or PARTS))
     if unknown := [part for part in chosen if part not in PARTS]:
@@ -89,7 +90,8 @@ def bench_drafters(
     partial = False
     try:
         for part in chosen:
-            bench.attempt(part, PARTS[part])
+            # It needs no weights, so what hinders it is what was given.
+            bench.attempt(part, PARTS[part], must=part == "adaspec" and bool(parts))
     except KeyboardInterrupt:
         partial = True
     return DraftersBench(

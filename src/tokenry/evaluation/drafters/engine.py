@@ -52,11 +52,13 @@ class Bench:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     trained_as: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def attempt(self, what: str, measure: Callable[[Bench], None]) -> None:
-        """Measure, or note why it cannot be."""
+    def attempt(self, what: str, measure: Callable[[Bench], None], must: bool = False) -> None:
+        """Measure, or note why it cannot be; what must be measured raises."""
         try:
             measure(self)
         except (TokenryError, OSError) as error:
+            if must:
+                raise
             said = " ".join(str(error).split())
             # Results are shared; whose machine they come from is nobody's business.
             if self.place is not None:

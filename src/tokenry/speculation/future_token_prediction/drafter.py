@@ -84,7 +84,8 @@ class FutureTokenPrediction(Drafter):
             Greedy decoding always drafts the likeliest.
         lossless: False commits the drafts unverified, chosen as the call chooses tokens. This is another model, with
             p(next tokens | state) for each block, whose quality must be measured as such; it costs one pass of the
-            target for each `tokens_per_step` tokens.
+            target for each `tokens_per_step` tokens. Results say so in `stats.extra["lossless"]`; the decoder's tokens
+            have the source `router`, as nothing verified them.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("weights",)
@@ -101,6 +102,7 @@ class FutureTokenPrediction(Drafter):
 
     def start(self, session: Session) -> _State:
         session.want_hidden = True
+        session.stats.extra["lossless"] = self.lossless
         decoder = self._decoder(session)
         most = decoder.config.num_future_tokens
         size = most if self.tokens_per_step is None else self.tokens_per_step
@@ -197,9 +199,8 @@ class FutureTokenPrediction(Drafter):
         scores = session.process(logits, size - 1)
         last = session.choose(scores, size - 1)
         self._look(session, state, torch.full_like(last, size - 1)[:, None])
-        sources = torch.full_like(tree.tokens, int(Source.DRAFT), dtype=torch.int8)
-        sources[:, -1] = int(Source.BONUS)
-        session.stats.drafted += (size - 1) * sum(session.alive)
+        sources = torch.full_like(tree.tokens, int(Source.ROUTER), dtype=torch.int8)
+        sources[:, -1] = int(Source.PLAIN)
         return Commit(
             torch.cat([tree.tokens[:, 1:], last[:, None]], 1),
             torch.full_like(last, size),

@@ -305,8 +305,12 @@ class FTPForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{type(model).__name__} has no head that is one matrix over its state vectors: future token "
                 "prediction needs a decoder model whose head has no bias"
             )
-        with torch.device("meta"):
-            built = cls(config)
+        try:
+            with torch.device("meta"):
+                built = cls(config)
+        except ValueError as error:
+            # As where its attention has one implementation alone, which a configuration does not tell.
+            raise UnsupportedModel(f"{type(model).__name__} cannot be built from its configuration: {error}") from error
         built.encoder, built.lm_head.decoder, built.lm_head.weight = model.base_model, future, head.weight
         built.generation_config = copy.deepcopy(model.generation_config)
         return built.train(model.training)

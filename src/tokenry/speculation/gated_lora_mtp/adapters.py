@@ -89,6 +89,24 @@ class Adapters(nn.Module):
             self.up.append(nn.Parameter(torch.zeros(rows, r, device=device)))
         self.sampler = Sampler(some.shape[-1], head_width(model)).to(device)
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a model that these adapters do not fit.
+
+        Raises:
+            ResourceError: It has other maps, or maps of other sizes, or is on another device.
+        """
+        found = _maps(model)
+        own = [(up.shape[0], down.shape[1]) for up, down in zip(self.up, self.down, strict=True)]
+        if list(found) != self.targets or list(map(_sizes, found.values())) != own:
+            raise ResourceError(
+                f"the adapters do not fit {type(model).__name__}: they were trained for another model; train its own "
+                f"by tokenry train mtp --model {model.name_or_path or 'MODEL'}"
+            )
+        if self.masks.device != model.device:
+            raise ResourceError(
+                f"the adapters are on {self.masks.device} and the model on {model.device}; move them there"
+            )
+
     def add(self, index: int, x: Tensor, output: Tensor, first: int, rows: int) -> None:
         """Add what the i-th pair gives for rows from `first` on to a map's output, in place.
 
@@ -211,9 +229,11 @@ def _hold(model: PreTrainedModel, adapters: Adapters) -> None:
         held = _hooks.setdefault(adapters, {})
         if id(model) not in held:
             reference = weakref.ref(adapters)
+            # All are looked up before the first is hooked: nothing stays behind where one is missing.
+            modules = [model.get_submodule(name) for name in adapters.targets]
             hooks = [
-                model.get_submodule(name).register_forward_hook(functools.partial(_open, reference, index))
-                for index, name in enumerate(adapters.targets)
+                module.register_forward_hook(functools.partial(_open, reference, index))
+                for index, module in enumerate(modules)
             ]
             held[id(model)] = [0, hooks]
         held[id(model)][0] += 1

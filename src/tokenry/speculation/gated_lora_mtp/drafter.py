@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,7 +90,12 @@ class GatedLoRAMTP(Drafter):
             ResourceError: There are none, or they were trained for another model.
         """
         if isinstance(given, Adapters):
+            given.check(model)
             return given
+        if given is not None and not isinstance(given, str | Path):
+            raise ResourceError(
+                f"{self.slug}: the resource 'adapter' must be Adapters or their folder, not {type(given).__name__}"
+            )
         place = given or self.adapter
         if place is None:
             name = loaded_name(model)
