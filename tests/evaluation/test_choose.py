@@ -259,12 +259,12 @@ def test_a_terminal_is_asked_for_what_is_not_given(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "choose", run)
-    monkeypatch.setattr(cli, "_load", lambda model, *rest: asked.append(model) or (model, None))
-    monkeypatch.setattr(cli.sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(cli.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(cli.comparing, "load_model", lambda model, *rest: asked.append(model) or (model, None))
+    monkeypatch.setattr(cli.comparing.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(cli.comparing.sys.stdout, "isatty", lambda: True, raising=False)
     replies = {"Model": "./mine", "Prompts (a JSONL file) or workloads": "code,edit"}
-    monkeypatch.setattr(cli.typer, "prompt", lambda text, default: asked.append(text) or replies[text])
-    monkeypatch.setattr(cli.typer, "confirm", lambda text, default: asked.append(text) or "second" in text)
+    monkeypatch.setattr(cli.comparing.typer, "prompt", lambda text, default: asked.append(text) or replies[text])
+    monkeypatch.setattr(cli.comparing.typer, "confirm", lambda text, default: asked.append(text) or "second" in text)
     assert cli.main(["choose", "--weights"]) == 130
     assert asked[:2] == list(replies) and asked[-1] == "./mine"
     assert given["workloads"] == ["code", "edit"] and given["prompts"] is None

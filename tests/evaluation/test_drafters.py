@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenry
 from tokenry import cli
-from tokenry.errors import BadParameter
+from tokenry.errors import BadParameter, ResourceError
 from tokenry.evaluation import bench_drafters, drafters, family_pages
 from tokenry.evaluation.drafters import adaspec, mtp
 from tokenry.evaluation.drafters.engine import Bench
@@ -288,14 +288,15 @@ def test_what_is_not_trained_is_skipped_and_says_how_to_train_it(model, tmp_path
     assert "tokenry train hamburger" in skipped["reason"]
 
 
-def test_a_draft_of_another_tokenizer_is_skipped(model, tmp_path):
+def test_a_draft_of_another_tokenizer_is_an_error_where_its_part_is_asked_for(model, tmp_path):
     from tests.evaluation import tiny_text
 
     foreign = tiny_text.folder(tmp_path / "foreign")
-    (skipped,) = bench_drafters(
-        model, TOKENIZER, parts=["adaspec"], trained=tmp_path, draft=str(foreign), **SMALL
-    ).skipped  # fmt: skip
-    assert "another tokenizer" in skipped["reason"]
+    options = {"trained": tmp_path, "draft": str(foreign), **SMALL}
+    with pytest.raises(ResourceError, match="another tokenizer"):
+        bench_drafters(model, TOKENIZER, parts=["adaspec"], **options)
+    skipped = {each["method"]: each["reason"] for each in bench_drafters(model, TOKENIZER, **options).skipped}
+    assert "another tokenizer" in skipped["adaspec"] and "there are no weights" in skipped["mtp"]
 
 
 @pytest.mark.parametrize(
