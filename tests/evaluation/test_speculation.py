@@ -135,6 +135,10 @@ def test_what_is_measured_is_not_lost_where_no_method_serves_a_batch():
         max_new_tokens=4, repeats=1, progress=False,
     )  # fmt: skip
     assert len(found.runs) == 1 and [each["batch_size"] for each in found.skipped] == [2]
+    with pytest.raises(BadParameter, match="takes one prompt at a time, and batches of 2, 3 are asked for"):
+        speculation.bench_speculation(
+            model, tokenizer, ["a b"], methods=["transformers-prompt-lookup"], batch_sizes=(2, 3), progress=False
+        )
 
 
 def test_a_draft_that_was_named_and_is_not_there_is_an_error():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_model(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """The model and its tokenizer, loaded without a word on standard error."""
     import torch
     from transformers.utils import logging
 
@@ -37,12 +38,14 @@ def load_model(model: str, dtype: str | None, device: str | None) -> tuple[Any, 
 
 
 def method_list(given: Iterable[str] | None) -> list[str]:
+    """Methods of a repeated option, each of which may hold several between commas."""
     from tokenry.methods import split_methods
 
     return [text for part in given or () for text in split_methods(part)]
 
 
 def split_names(given: Iterable[str] | None) -> list[str]:
+    """Names of a repeated option, likewise."""
     names = [name.strip() for part in given or () for name in part.split(",")]
     if not all(names):
         raise BadParameter(f"{','.join(names)!r} has an empty place; separate names by single commas")
@@ -60,6 +63,7 @@ def check_prompts(prompts: Path | None, names: Sequence[str]) -> None:
 
 
 def read_file(path: Path) -> str:
+    """The text of a file, which must hold some."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -70,6 +74,7 @@ def read_file(path: Path) -> str:
 
 
 def read_stdin() -> str:
+    """The text that comes on standard input."""
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -77,6 +82,7 @@ def read_stdin() -> str:
 
 
 def wide_console(err: bool = False) -> "Console":
+    """Where tables are printed: as wide as the terminal, or wide enough."""
     from rich.console import Console
 
     console = Console(stderr=err)
@@ -135,6 +141,7 @@ def check_output(option: str, path: str | Path | None) -> None:
 
 
 def write_json(text: str, json_path: str | None) -> None:
+    """Write JSON to a file, to standard output for `-`, or nowhere."""
     if json_path == "-":
         typer.echo(text)
     elif json_path is not None:
@@ -144,4 +151,5 @@ def write_json(text: str, json_path: str | None) -> None:
 
 
 def print_json(data: Any) -> None:
+    """Print data as JSON."""
     typer.echo(json.dumps(data, indent=1, ensure_ascii=False))

@@ -215,10 +215,16 @@ def bench_speculation(
     # In its own size prompt lookup is held against transformers' own, which has the same.
     free += [label for label, each in labels.items() if str(each) == "prompt-lookup"]
     lookup, plain = (Variant(read_method(text), setting).label for text in ("transformers-prompt-lookup", "plain"))
+    alone = [each for each in chosen if isinstance(each, Peer) and not each.batches]
+    if chosen and len(alone) == len(chosen) and 1 not in batch_sizes:
+        raise BadParameter(
+            f"{', '.join(map(str, chosen))} takes one prompt at a time, and batches of "
+            f"{', '.join(map(str, batch_sizes))} are asked for: add a batch size of 1, or other methods"
+        )
     runs: list[Comparison] = []
     checks: list[Check] = []
     for size in batch_sizes:
-        serving = [each for each in chosen if size == 1 or not isinstance(each, Peer) or each.batches]
+        serving = [each for each in chosen if size == 1 or each not in alone]
         reason = f"takes one prompt at a time, not {size}"
         skipped += [_skip(each, reason, size) for each in chosen if each not in serving]
         if chosen and not serving:

@@ -56,6 +56,7 @@ class HotStart(Trainable):
     ) -> dict[str, Any]:
         if steps is not None:
             raise BadParameter(f"{self.slug}: steps={steps} is not allowed; reading has no steps: say tokens={steps}")
+        model.eval()
         chosen: Any = method(self.drafter)
         table: RecyclingTable = chosen.new_table()
         table.tokenizer = vocabulary_name(tokenizer)
