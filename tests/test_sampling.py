@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -15,6 +16,7 @@ from tokenry.sampling import (
     is_row_free,
     is_stateful,
     kl,
+    likeliest,
     margin,
     probabilities,
 )
@@ -36,6 +38,21 @@ def test_no_float64_is_narrowed():
     assert all(f(scores).dtype == torch.float64 for f in (probabilities, entropy, margin))
     assert kl(scores, scores).dtype == torch.float64
     assert Noise(1, CPU).exponential(0, 0, scores[0]).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_likeliest_is_the_first_of_the_largest(dtype):
+    torch.manual_seed(0)
+    scores = torch.randint(0, 9, (3, 5, 40)).to(dtype)  # many ties
+    scores[0, 0] = -torch.inf
+    scores[1, 1, 7] = torch.inf
+    scores[2, 2, 3] = torch.nan
+    got = likeliest(scores)
+    assert got.dtype == torch.long
+    assert torch.equal(got, scores.argmax(-1))
+    assert (got == (scores == scores.amax(-1, keepdim=True)).int().argmax(-1))[~scores.isnan().any(-1)].all()
+    assert torch.equal(likeliest(scores[:, 2, ::2]), scores[:, 2, ::2].argmax(-1))
+    assert torch.equal(likeliest(scores.float().requires_grad_()), got)
 
 
 def test_processors_are_told_apart_by_what_they_read():

@@ -133,7 +133,7 @@ class Parameter:
 
 def parameters(cls: type[Method]) -> dict[str, Parameter]:
     """Return the parameters of a method's class by name, in the order of its fields."""
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds(cls)
     found = {}
     for field in dataclasses.fields(cls):
         if field.init:
@@ -142,6 +142,10 @@ def parameters(cls: type[Method]) -> dict[str, Parameter]:
                 default = field.default_factory()
             found[field.name] = Parameter(field.name, kinds[field.name], default)
     return found
+
+
+# Every result names its method, and reading annotations takes a good part of a short forward.
+_kinds: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 # --- text form ----------------------------------------------------------------------------------

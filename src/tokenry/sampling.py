@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
@@ -18,6 +19,7 @@ __all__ = [
     "is_row_free",
     "is_stateful",
     "kl",
+    "likeliest",
     "margin",
     "probabilities",
     "substream",
@@ -27,6 +29,14 @@ __all__ = [
 def probabilities(scores: Tensor) -> Tensor:
     """Probabilities of scores `[..., vocab]`, in their own dtype."""
     return torch.softmax(scores, dim=-1)
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """Id of the largest of scores `[..., vocab]`, the first of equals, `[...]`."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64) and not scores.requires_grad:
+        # On a CPU numpy takes a tenth of torch's time, which over many ids is that of a layer.
+        return torch.from_numpy(np.asarray(scores.numpy().argmax(-1)))
+    return scores.argmax(-1)
 
 
 def entropy(scores: Tensor) -> Tensor:

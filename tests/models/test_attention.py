@@ -12,6 +12,7 @@ from tests import tiny
 from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.kvcache import H2O
 from tokenry.models import TokenCache, attached
+from tokenry.models.slots import Block, Slots
 
 
 @pytest.mark.parametrize("kind", tiny.SERVED)
@@ -294,3 +295,23 @@ def test_a_cache_may_be_given_by_position():
         own = model.forward
         model.forward = lambda *args, **kwargs: own(*args, **kwargs)
         assert torch.equal(model(ids, torch.ones_like(ids)).logits, wanted.logits)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_mask_is_packed_once_for_the_layers_that_share_it(groups):
+    block = Block(4, None, torch.rand(1, 4, 4) > 0.5, False)
+    slots = Slots()
+    slots.append(5, None, None, 1, torch.device("cpu"))
+    shared, causal = block.mask(slots, None, torch.device("cpu"))
+    assert shared is not None and not causal
+    block.masks[None] = shared, causal
+    packed = block.packed(shared, groups, torch.float32)
+    assert packed.shape == (1, 1, groups * 4, 9)
+    assert torch.equal(packed == 0, shared.repeat(1, 1, groups, 1))
+    assert bool((packed[packed != 0] == -torch.inf).all())
+    assert block.packed(shared, groups, torch.float32) is packed
+    assert block.packed(shared, groups, torch.bfloat16).dtype == torch.bfloat16
+    # A layer whose slots are its own has a mask of its own, of which nothing is kept.
+    own = ~shared
+    assert torch.equal(block.packed(own, groups, torch.float32) == 0, own.repeat(1, 1, groups, 1))
+    assert block.packed(own, groups, torch.float32) is not block.packed(own, groups, torch.float32)

@@ -147,7 +147,7 @@ def test_a_tree_that_grows_is_the_best_of_all_trees():
         costs = [1.0, *(1 + torch.rand(8, generator=generator).cumsum(0)).tolist()]
 
         def children(depth, least, chances=chances):
-            return [(chance, depth + 1) for chance in chances[depth]] if depth < 3 else []
+            return [(chance, depth + 1) for chance in sorted(chances[depth], reverse=True)] if depth < 3 else []
 
         grown = Growth(0, children, costs, least_slopes(costs), deepest=2)
         # Every node down to depth 2, by the chance that it is reached.

@@ -22,7 +22,7 @@ from tokenry.errors import BadParameter, BadPrompt, CacheMisuse
 from tokenry.generation.auxiliary import Auxiliary, listening
 from tokenry.generation.result import NO_SOURCE, GenerationResult, Source, Stats, stacked
 from tokenry.models import TokenCache
-from tokenry.sampling import Noise, is_context_free, is_row_free, probabilities, substream
+from tokenry.sampling import Noise, is_context_free, is_row_free, likeliest, probabilities, substream
 
 # A batch's cache closes its gaps once they take this share of the longest row, and this many slots.
 _GAP_SHARE, _GAP_SLOTS = 0.25, 32
@@ -323,7 +323,7 @@ class Session:
         """A token for each row of scores `[batch, vocab]`, `[batch]`: the argmax, or a sample; `ahead` is how many
         tokens lie between the committed ids and this token."""
         if not self.do_sample:
-            return scores.argmax(-1)
+            return likeliest(scores)
         probs = probabilities(scores)
         if self.noise is None:
             return torch.multinomial(probs, num_samples=1).squeeze(1)
@@ -332,7 +332,7 @@ class Session:
     def choose_nodes(self, scores: Tensor, depth: Tensor) -> Tensor:
         """A token for each node of a tree, `[batch, n]`, from scores `[batch, n, vocab]`; depth `[1 or batch, n]`."""
         if not self.do_sample:
-            return scores.argmax(-1)
+            return likeliest(scores)
         probs = probabilities(scores)
         batch, n = scores.shape[:2]
         if self.noise is None:

@@ -30,6 +30,7 @@ from tokenry.models.entrance import entrance
 from tokenry.models.layer import TokenLayer
 from tokenry.models.policy import Policy
 from tokenry.models.rows import guard
+from tokenry.models.slots import Block
 from tokenry.models.statistics import AttentionRows
 
 
@@ -88,7 +89,7 @@ def attention(
         elif rows is not None and (softcap is not None or (summed and query.device.type == "cpu")):
             output = rows.attend(value)
         else:
-            output = _fused(query, key, value, allowed, causal, scaling)
+            output = _fused(block, query, key, value, allowed, causal, scaling)
     layer.attended(block, rows)
     _thread.calls = getattr(_thread, "calls", 0) + 1
     return output.transpose(1, 2).contiguous(), None
@@ -111,18 +112,17 @@ def _chosen(
     return output.view(batch, sets, new, heads // sets, -1).transpose(2, 3).reshape(batch, heads, new, -1)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool, scaling: float) -> Tensor:
+def _fused(
+    block: Block, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool, scaling: float
+) -> Tensor:
     batch, heads, new, dim = query.shape
     groups = heads // key.shape[1]
-    if groups == 1 or (allowed is None and causal):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, is_causal=causal, scale=scaling, enable_gqa=groups > 1
-        )
+    if allowed is None and (causal or groups == 1):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
     # The query heads of a group attend to the same keys: as further rows of one head they need no repeated keys.
     packed = query.reshape(batch, heads // groups, groups * new, dim)
-    if allowed is not None and new > 1:
-        allowed = allowed.repeat(1, 1, groups, 1)
-    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=allowed, scale=scaling)
+    mask = None if allowed is None else block.packed(allowed, groups, query.dtype)
+    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     return output.view(batch, heads, new, dim)
 
 

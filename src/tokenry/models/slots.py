@@ -118,6 +118,7 @@ class Block:
         self.padding: Tensor | None = None  # the mask of padding that layers are given
         self.places: Tensor | None = None  # the positions as a tensor in any case, once a layer asked for them
         self.masks: dict[int | None, tuple[Tensor | None, bool]] = {}
+        self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def among(self, device: torch.device) -> Tensor:
         """Which new tokens see which, ``[1 or batch, new, new]``; every token sees itself, so no row is empty."""
@@ -152,6 +153,23 @@ class Block:
         heads = before.shape[1]
         before = before.expand(batch, heads, self.new, slots.size)
         return torch.cat([before, among.expand(batch, heads, self.new, self.new)], -1), False
+
+    def packed(self, allowed: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+        """A mask ``[..., new, slots]`` for the query heads of a group as rows of one head, ``[..., groups * new,
+        slots]``, made once for the layers that share it.
+
+        On CPUs it is additive: there the fused kernel makes such a one of a bool mask at every call.
+        """
+        key = id(allowed), groups, dtype
+        if key in self._packed:
+            return self._packed[key]
+        packed = allowed.repeat(1, 1, groups, 1) if groups > 1 and allowed.shape[2] > 1 else allowed
+        if packed.device.type == "cpu":
+            packed = torch.zeros(packed.shape, dtype=dtype).masked_fill_(~packed, float("-inf"))
+        # What `masks` keeps is not freed, so its id stays its own; what it does not is of one layer.
+        if any(allowed is mask for mask, _ in self.masks.values()):
+            self._packed[key] = packed
+        return packed
 
     def _standing(self, slots: Slots, dead: Tensor, device: torch.device) -> Tensor:
         """Which slots each row may see of those that are not dead, ``[batch, 1 or heads, 1 or new, slots]``."""

@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -219,18 +219,19 @@ class Growth(Generic[N]):
         floors: Sequence[float],
         deepest: int,
     ) -> None:
-        """`children(node, least)` gives a node's children with the chance of each once the node is reached; those of a
-        chance below `least` are not looked at. `floors` are `least_slopes(costs)`."""
+        """`children(node, least)` gives a node's children, likeliest first, with the chance of each once the node is
+        reached; it may end with the first of a chance below `least`. `floors` are `least_slopes(costs)`."""
         self.nodes: list[N] = []
         self.parents: list[int] = []
         self.reach: list[float] = []
         expected = rate = 0.0
         most = len(costs) - 1
-        # The counter keeps the order of equals, and nodes from being compared.
+        # The counter keeps the order of equals, and nodes from being compared. A child waits for its elder siblings, so
+        # that the heap holds one of each brood.
         entries = 0
-        heap: list[tuple[float, int, int, int, N]] = [(-1.0, 0, -1, 0, root)]
+        heap: list[tuple[float, int, int, int, N, Iterator[tuple[float, N]]]] = [(-1.0, 0, -1, 0, root, iter(()))]
         while heap and len(self.nodes) < most:
-            negative, _, parent, depth, node = heapq.heappop(heap)
+            negative, _, parent, depth, node, younger = heapq.heappop(heap)
             reach, place = -negative, len(self.nodes)
             # What is left in the heap is no likelier. So nothing after it pays either, if as many as may come do not
             # pay for themselves and for what the best size so far is ahead.
@@ -242,13 +243,16 @@ class Growth(Generic[N]):
             self.reach.append(reach)
             expected += reach
             rate = max(rate, expected / costs[place + 1])
-            if depth == deepest:
-                continue
-            least = rate * floors[place + 1] / reach
-            for chance, child in children(node, least):
-                if chance > least:
+            broods = [(parent, depth, younger)]
+            if depth < deepest:
+                least = rate * floors[place + 1] / reach
+                broods.append((place, depth + 1, iter(children(node, least))))
+            for above, below, brood in broods:
+                following = next(brood, None)
+                if following is not None:
+                    chance, child = following
                     entries += 1
-                    heapq.heappush(heap, (-reach * chance, entries, place, depth + 1, child))
+                    heapq.heappush(heap, (-self.reach[above] * chance, entries, above, below, child, brood))
 
 
 def least_slopes(costs: Sequence[float]) -> list[float]:

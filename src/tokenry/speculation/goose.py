@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenry.generation.engine import Session
 from tokenry.speculation.budget import Counts, Growth, RunCounts
 from tokenry.speculation.engine import Drafter, DraftTree, Walk
-from tokenry.speculation.recycling import CONTEXTS, ORDER, Context, Odds, Recycler, Tree, planted
+from tokenry.speculation.recycling import CONTEXTS, ORDER, Context, Odds, Recycler, Tree, by_chance, planted
 from tokenry.speculation.sources import Candidates, RecyclingTable, Text, Texts, table_of
 
 Successors = Callable[[Context], Candidates]
@@ -37,6 +37,8 @@ def _floor(value: float) -> int:
 # What `size="auto"` tells apart of copied tokens, beside the length of the match before them: what the table's first
 # candidate says of them.
 _UNKNOWN, _AGREES, _DIFFERS = range(3)
+# Chance at first that a copy is right where the table differs, by the kinds of `RunCounts`.
+_DIFFERING = (0.15, 0.4, 0.48, 0.55, 0.62, 0.7, 0.8, 0.86, 0.92)
 
 
 @dataclass
@@ -54,8 +56,9 @@ class _Auto(Odds):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        # What the table says against a copy is worth little at first: the model may want on its own what it copies.
-        self.spine = Counts([chance for p in RunCounts.PRIOR for chance in (p, 1 - 0.4 * (1 - p), 0.8 * p)], 4.0)
+        # Against a long copy the table's word is worth little: the model may want on its own what it copies.
+        kinds = zip(RunCounts.PRIOR, _DIFFERING, strict=True)
+        self.spine = Counts([chance for p, differing in kinds for chance in (p, 1 - 0.4 * (1 - p), differing)], 4.0)
 
 
 @dataclass
@@ -262,18 +265,19 @@ class Goose(Drafter):
         def children(node: tuple[Context, int], least: float) -> Iterator[tuple[float, tuple[Context, int]]]:
             path, place = node
             length, found = self._candidates(recycler, path)
-            copied, rest = None, 1.0
+            ways, copied, rest = [], None, 1.0
             if 0 <= place < len(chain):
                 copied = chain[place]
                 chance = auto.spine.chances[_spine_kind(run + place, copied, found)]
-                yield chance, ((*path, copied)[-ORDER:], place + 1)
+                ways.append((copied, chance, place + 1))
                 own = next((score for other, score in found if other == copied), 0.0)
                 # Where the copy is wrong, what the table gives to its token falls to the others.
                 rest = (1 - chance) / max(1 - own, 1 - chance, 0.05)
-            for other, score in found:
-                chance = rest * auto.chance(length, score)
-                if other != copied and chance > least:
-                    yield chance, ((*path, other)[-ORDER:], -1)
+            others = auto.likely(length, found, least / rest)
+            ways += [(other, rest * chance, -1) for other, chance in others if other != copied]
+            ways.sort(key=by_chance, reverse=True)
+            for token, chance, after in ways:
+                yield chance, ((*path, token)[-ORDER:], after)
 
         grown = Growth((context, 0), children, auto.costs.seconds, auto.costs.floors, room)
         return planted(context, [path[-1] for path, _ in grown.nodes], grown.parents), grown.reach

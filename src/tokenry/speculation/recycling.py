@@ -7,6 +7,7 @@ Odds       how often candidates were right, so that a tree grows where the next 
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
@@ -75,6 +76,8 @@ class Recycler:
         # The tokens before what comes next of the prompt, and before each node of the tree that is being verified.
         self._tail = torch.full((batch, table.order - 1), -1)
         self._before: Tensor | None = None
+        # What was looked up since the table learned last.
+        self._found: dict[Context, tuple[int, Candidates]] = {}
 
     @property
     def waits(self) -> bool:
@@ -87,8 +90,10 @@ class Recycler:
 
     def candidates(self, context: Context) -> tuple[int, Candidates]:
         """How long the longest known context at the end of a path is, and what was wanted behind it, best first."""
-        row, length = self.table.row(context)
-        return length, self.table.candidates(row, self.least)
+        if context not in self._found:
+            row, length = self.table.row(context)
+            self._found[context] = length, self.table.candidates(row, self.least)
+        return self._found[context]
 
     def harvest(self, ids: Tensor, valid: Tensor | None, logits: Tensor) -> None:
         """Learn from a piece of the prompt; for `Session.on_prompt`."""
@@ -100,10 +105,11 @@ class Recycler:
         before = line[:, :-1].unfold(1, width, 1).flip(-1) if width else None
         with self.table.lock:
             self.open(logits.shape[-1])
+            self._found.clear()
             for begin in range(0, tokens.shape[1], _SPAN):
                 span = slice(begin, begin + _SPAN)
                 own = real[:, span]
-                scores = logits[:, span][own.to(logits.device)]
+                scores = logits[:, span].flatten(0, 1) if valid is None else logits[:, span][own.to(logits.device)]
                 self.table.learn(tokens[:, span][own], scores.float(), None if before is None else before[:, span][own])
 
     def lay_out(self, session: Session, trees: Sequence[Tree]) -> DraftTree:
@@ -133,14 +139,14 @@ class Recycler:
                 parents[row][new], depths[row][new] = max(parents[row][last], 0), max(depths[row][last], 1)
                 own[new] = own[parents[row][new]]
                 own[new, new] = True
-        self._before = torch.tensor(before).view(session.batch, size, width)
+        self._before = torch.from_numpy(np.array(before, dtype=np.int64).reshape(session.batch, size, width))
         if size == 1:
             return DraftTree.root(session.anchor)
         valid: Tensor | None = None
         if any(len(tree) < size for tree in trees):
             real = np.arange(size) < np.array([[len(tree)] for tree in trees])
             valid = torch.from_numpy(real).to(session.device)
-        drafts, up, depth = (torch.tensor(part, device=session.device) for part in (tokens, parents, depths))
+        drafts, up, depth = torch.from_numpy(np.array([tokens, parents, depths])).to(session.device)
         drafts[:, 0] = session.anchor
         return DraftTree(drafts, TreeShape(up, depth, torch.from_numpy(sees).to(session.device)), valid)
 
@@ -149,6 +155,7 @@ class Recycler:
         tokens = tree.tokens.cpu()
         before = None if self._before is None else self._before[:, : tokens.shape[1]]
         self._before = None
+        self._found.clear()
         if tree.valid is None and all(session.alive):
             self.table.learn(tokens.flatten(), logits.flatten(0, 1), None if before is None else before.flatten(0, 1))
             return
@@ -168,9 +175,16 @@ class Odds:
         self.costs = StepCosts(session)
         self._counts = Counts([trust * middle for trust in _TRUST for middle in _MIDDLES], 4.0)
 
-    def chance(self, length: int, score: float) -> float:
-        """Chance that a candidate of a score, behind a context of a length, comes next."""
-        return self._counts.chances[_kind(length, score)]
+    def likely(self, length: int, found: Candidates, least: float) -> Candidates:
+        """The candidates behind a context of a length that come next with a chance above `least`, and that chance,
+        likeliest first."""
+        if not found:
+            return []
+        chances = self._counts.chances[_kind(length, 0.0) : _kind(length + 1, 0.0)]
+        if max(chances) <= least:
+            return []
+        each = [(token, chances[bisect_right(_SCORES, score)]) for token, score in found]
+        return sorted((pair for pair in each if pair[1] > least), key=by_chance, reverse=True)
 
     def count(self, length: int, found: Candidates, chosen: int) -> None:
         """Count a committed token against the candidates for its place, drafted or not."""
@@ -183,11 +197,8 @@ class Odds:
         order = recycler.table.order
 
         def children(path: Context, least: float) -> Iterator[tuple[float, Context]]:
-            length, found = recycler.candidates(path)
-            for token, score in found:
-                chance = self.chance(length, score)
-                if chance > least:
-                    yield chance, (*path, token)[-order:]
+            for token, chance in self.likely(*recycler.candidates(path), least):
+                yield chance, (*path, token)[-order:]
 
         grown = Growth(context, children, self.costs.seconds, self.costs.floors, room)
         return planted(context, [path[-1] for path in grown.nodes], grown.parents), grown.reach
@@ -205,6 +216,9 @@ def planted(context: Context, tokens: Sequence[int], parents: Sequence[int]) -> 
     for token, parent in zip(tokens[1:], parents[1:], strict=True):
         tree.add(token, parent)
     return tree
+
+
+by_chance = operator.itemgetter(1)
 
 
 def _kind(length: int, score: float) -> int:
