@@ -67,12 +67,17 @@ def test_steps_with_drafts_and_without_are_timed_apart(monkeypatch):
     monkeypatch.setattr(budget, "_clock", lambda: now[0])
     costs = StepCosts(object())
     took = {1: 1.5, 4: 3.0}
+    beyond = []
     # The first step reads the prompt; a step that notes no size is not timed.
     for size, seconds in [(4, 50.0), *[(4, took[4]), (1, took[1]), (0, 70.0)] * 8]:
         costs.begin()
+        beyond.append(costs.beyond)
         costs.take(size)
         now[0] += seconds
     costs.begin()
+    assert costs.forward(4) == 1.1
+    # Of the step before, if it had drafts.
+    assert beyond[2:5] == [pytest.approx(1.1), None, None]
     # Twice a forward at most is held against a size.
     assert costs.seconds == pytest.approx([1.5, 1.5, 2.2, 2.2, 2.2, 2.2])
     assert costs.floors == least_slopes(costs.seconds)

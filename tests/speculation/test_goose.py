@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,8 +13,8 @@ from tests import tiny
 from tokenry.errors import BadParameter
 from tokenry.generation import Options, generate
 from tokenry.methods import method
-from tokenry.speculation import PromptLookup
-from tokenry.speculation.goose import Goose, harmonic_split
+from tokenry.speculation import PromptLookup, Suffix, budget
+from tokenry.speculation.goose import Goose, _Branches, harmonic_split
 from tokenry.speculation.recycling import Tree
 from tokenry.speculation.sources import Text
 
@@ -455,17 +456,87 @@ def test_a_chain_alone_is_no_longer_than_a_tree_may_be():
     assert max(sizes) == 6
 
 
-def test_the_measured_size_follows_the_cost_of_a_forward():
-    from tokenry.speculation import budget
+def cheap(model, slope=0.0):
+    """The model, for which a pass over more tokens costs hardly more; so trees do not hang on the machine."""
+    costs = [1.0 + slope * n for n in range(82)]
+    budget._costs[model] = {(batch, model.device, model.dtype, budget._SIZES): costs for batch in (1, 3)}
+    return model
 
-    model, inputs = tiny.model(), repeating((24,))
+
+def test_the_measured_size_follows_the_cost_of_a_forward():
+    inputs = repeating((24,))
     drafted = {}
     for slope in (0.0, 1.0):
-        costs = [1.0 + slope * n for n in range(82)]
-        budget._costs[model] = {(1, model.device, model.dtype, budget._SIZES): costs}
-        stats = run(model, inputs, Goose(size="auto")).stats
+        # A new model each: a second call of one process drafts copies alone.
+        stats = run(cheap(tiny.model(), slope), inputs, Goose(size="auto")).stats
         drafted[slope] = stats.drafted / stats.steps
     assert drafted[1.0] < 4 < 20 < drafted[0.0]
+
+
+def branched(model, inputs, decoder=None, table=None, **options):
+    """Whether a call drafted trees with branches; its output is plain's."""
+    result = run(model, inputs, decoder or Recorded(size="auto"), table, **options)
+    assert torch.equal(result.sequences, run(model, inputs, **options).sequences)
+    trees = [parents[0] for _, _, parents in result.stats.extra["trees"]]
+    return any(len(set(parents)) < len(parents) for parents in trees)
+
+
+@pytest.mark.parametrize("batch", [(24,), (24, 3, 11)], ids=str)
+def test_calls_for_which_branches_do_not_pay_draft_the_copy_alone(batch, monkeypatch):
+    model, inputs = cheap(tiny.model(dtype=torch.float64)), repeating(batch)
+    ways = []
+    monkeypatch.setattr(_Branches, "pay", property(lambda self: False))
+    ways += [branched(model, inputs) for _ in range(9)]
+    monkeypatch.setattr(_Branches, "pay", property(lambda self: True))
+    ways += [branched(model, inputs) for _ in range(8)]
+    # Both ways once, then the faster one, and every eighth call the other.
+    assert ways == [True, *[False] * 7, True, *[True] * 7, False]
+
+
+def test_branches_that_were_asked_for_are_always_drafted(monkeypatch, tmp_path):
+    monkeypatch.setattr(_Branches, "pay", property(lambda self: False))
+    model, inputs = cheap(tiny.model()), repeating((24,))
+    hot = Recorded(size="auto").new_table()
+    run(model, inputs, Recorded(size="auto"), hot)
+    hot.save(tmp_path / "hot")
+    for decoder, table in (
+        (Recorded(size="auto"), hot), (Recorded(size="auto", table=str(tmp_path / "hot")), None), (Recorded(), None),
+        (Recorded(size="auto", sources="branches"), None),
+    ):  # fmt: skip
+        assert all(branched(model, inputs, decoder, table) for _ in range(3))
+    # Other options and other models are not judged by what was measured of these.
+    assert branched(model, inputs) and branched(model, inputs, Recorded(size="auto", k=4))
+    assert branched(cheap(tiny.model()), inputs) and not branched(model, inputs)
+
+
+def test_a_call_that_copies_alone_drafts_as_suffix_does():
+    model, inputs = cheap(tiny.model()), repeating((24,))
+    run(model, inputs, Goose(size="auto"))
+    ours, theirs = (run(model, inputs, drafter).stats for drafter in (Goose(size="auto"), Suffix()))
+    assert ours.drafted > 0 and (ours.forwards, ours.accepted) == (theirs.forwards, theirs.accepted)
+
+
+def test_branches_pay_when_their_tokens_are_worth_their_time():
+    def costs(beyond):
+        return SimpleNamespace(beyond=beyond, forward=lambda nodes: 1 + nodes / 10)
+
+    branches = _Branches()
+    assert branches.pay  # nothing is known
+    branches.time(_Branches.TREES, costs(1.0))
+    branches.count(costs(1.0), (3, 10), (2, 5))
+    assert branches.pay  # steps that copy alone were not timed
+    branches.time(_Branches.COPIES, costs(None))
+    assert branches.pay  # nor is one that had no drafts
+    branches.time(_Branches.COPIES, costs(1.0))
+    assert branches.pay  # 3 / (2 + 1) against 2 / (1.5 + 1)
+    for _ in range(20):
+        branches.count(costs(1.0), (2, 10), (2, 5))
+    assert not branches.pay
+    quick = _Branches()
+    quick.time(_Branches.TREES, costs(1.0))
+    quick.time(_Branches.COPIES, costs(0.1))
+    quick.count(costs(1.0), (3, 10), (2, 5))
+    assert not quick.pay  # 3 / (2 + 1) against 2 / (1.5 + 0.1)
 
 
 def test_a_hot_table_helps():

@@ -105,9 +105,11 @@ class StepCosts:
     Attributes:
         seconds: Of a step by the nodes of its tree, 1 being no drafts.
         floors: `least_slopes` of them.
+        beyond: Seconds that the step before took beyond its forward; None if it had no drafts or was not timed.
     """
 
     def __init__(self, session: Session) -> None:
+        self.beyond: float | None = None
         self.seconds = self._forwards = forward_costs(session)
         self.floors = least_slopes(self.seconds)
         self._began = 0.0
@@ -118,13 +120,16 @@ class StepCosts:
     def begin(self) -> None:
         """Note that a step begins, which ends the one before."""
         now = _clock()
+        self.beyond = None
         # The first step may read the prompt too.
         if self._steps and self._size:
             forward = self._forwards[self._size]
             kind = self._beyond[self._size > 1]
             # A hiccup of the machine is not held against one size.
-            kind[0] += min(max(now - self._began - forward, -forward), forward)
+            beyond = min(max(now - self._began - forward, -forward), forward)
+            kind[0] += beyond
             kind[1] += 1
+            self.beyond = beyond if self._size > 1 else None
             if self._steps % _PATIENCE == 0:
                 self._look()
         self._steps += self._size > 0
@@ -133,6 +138,10 @@ class StepCosts:
     def take(self, size: int) -> None:
         """Note how many nodes the step that has begun verifies."""
         self._size = size
+
+    def forward(self, size: int) -> float:
+        """Seconds of a forward over the anchor and drafts, `size` nodes together, as it was measured."""
+        return self._forwards[size]
 
     def _look(self) -> None:
         # A kind that was not met yet is taken for like the other.

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from torch import Tensor
 
 from tokenry.generation.engine import Session
-from tokenry.speculation.budget import Counts, Growth, RunCounts
+from tokenry.speculation.budget import Counts, Growth, RunCounts, StepCosts
+from tokenry.speculation.copying import CopyState
 from tokenry.speculation.engine import Drafter, DraftTree, Walk
 from tokenry.speculation.recycling import CONTEXTS, ORDER, Context, Odds, Recycler, Tree, by_chance, planted
 from tokenry.speculation.sources import Candidates, RecyclingTable, Text, Texts, table_of
+from tokenry.speculation.suffix import Suffix
 
 Successors = Callable[[Context], Candidates]
 """Candidates behind the last one or two tokens of a path, best first."""
@@ -43,12 +49,14 @@ _DIFFERING = (0.15, 0.4, 0.48, 0.55, 0.62, 0.7, 0.8, 0.86, 0.92)
 
 @dataclass
 class _Row:
-    """One row's state, and what it drafts in the step that is under way."""
+    """One row's state, and what it drafts in the step that is under way; `copies` are the nodes of a grown tree's
+    spine."""
 
     rate: float = 0.5
     chain: list[int] = field(default_factory=list)
     run: int = 0
     spine: int = 0
+    copies: list[int] = field(default_factory=list)
 
 
 class _Auto(Odds):
@@ -61,12 +69,75 @@ class _Auto(Odds):
         self.spine = Counts([chance for p, differing in kinds for chance in (p, 1 - 0.4 * (1 - p), differing)], 4.0)
 
 
+# Every so many calls the slower way is tried; what a step weighs after each further one.
+_PROBE, _MEMORY = 8, 0.995
+_lock = threading.Lock()
+_branches: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], _Branches]] = weakref.WeakKeyDictionary()
+
+
+class _Branches:
+    """Whether branches pay in this process: what trees gain a second, against what their spines alone would.
+
+    The first call of a process drafts trees, the second copies alone, so that steps of both kinds are timed. Further
+    calls go the faster way, and every few calls the other, as texts change.
+    """
+
+    TREES, COPIES = range(2)
+
+    def __init__(self) -> None:
+        self._calls = 0
+        # Of the steps that drafted trees, for the trees and for their spines alone: tokens, seconds of forwards, steps.
+        self._gains = np.zeros((2, 3))
+        # For steps with trees and with copies alone: seconds beyond their forwards, steps.
+        self._beyond = np.zeros((2, 2))
+
+    def next(self) -> bool:
+        """Whether the call that begins drafts branches."""
+        with _lock:
+            call, self._calls = self._calls, self._calls + 1
+        if call < 2:
+            return call == 0
+        return self.pay != (call % _PROBE == 0)
+
+    @property
+    def pay(self) -> bool:
+        """Whether trees are the faster way, as far as is known."""
+        if not self._gains[0, 2] or not self._beyond[:, 1].all():
+            return True
+        tokens, forwards, steps = self._gains.T
+        trees, copies = tokens / (forwards + steps * self._beyond[:, 0] / self._beyond[:, 1])
+        return bool(trees >= copies)
+
+    def time(self, way: int, costs: StepCosts) -> None:
+        """Count what the step before took."""
+        if costs.beyond is not None:
+            self._beyond[way] = self._beyond[way] * _MEMORY + (costs.beyond, 1)
+
+    def count(self, costs: StepCosts, tree: tuple[int, int], spine: tuple[int, int]) -> None:
+        """Count a step with trees: tokens and nodes, of the trees and of their spines alone."""
+        own = [[tokens, costs.forward(nodes), 1] for tokens, nodes in (tree, spine)]
+        self._gains = self._gains * _MEMORY + own
+
+
+# What a spine alone amounts to where its length is for speed.
+_ALONE = Suffix(longest=RunCounts.LONGEST)
+
+
+@dataclass
+class _Copying:
+    """The state of a call that drafts copies alone, as branches do not pay."""
+
+    copy: CopyState
+    branches: _Branches
+
+
 @dataclass
 class _State:
     recycler: Recycler
     texts: Texts
     rows: list[_Row]
     auto: _Auto | None
+    branches: _Branches | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +161,9 @@ class Goose(Drafter):
     agreed before it and by what the table says, and whether each candidate was, by its score. A tree then grows node by
     node where the next token is likeliest, to the number of nodes with the most expected tokens per measured second.
     As counts tell what a match is worth, the newest of the longest matches is copied however short it is; the table
-    knows contexts of up to four tokens. These take the place of `extra`, `confidence`, `ngrams`, `copied`, `extended`,
+    knows contexts of up to four tokens. Where both sources draft and the table is the call's own, steps are timed over
+    the calls of a process too: calls for which branches cost more time than they save draft the copy alone, as `suffix`
+    does. These take the place of `extra`, `confidence`, `ngrams`, `copied`, `extended`,
     `long_match`, `spine_share`, `decay` and `depth`.
 
     One row alone drafts a copy before its prompt was read, which saves a pass: the first verify step reads both.
@@ -256,8 +329,8 @@ class Goose(Drafter):
 
     def grow(
         self, auto: _Auto, recycler: Recycler, context: Context, chain: Sequence[int], run: int, room: int
-    ) -> tuple[Tree, list[float]]:
-        """The tree of likeliest nodes in the order they were taken, and the chance that each is reached.
+    ) -> tuple[Tree, list[float], list[int]]:
+        """The tree of likeliest nodes in the order they were taken, the chance that each is reached, and its spine.
 
         A node is the last ids of its path, and how much of the chain they end: -1 off the spine.
         """
@@ -280,7 +353,8 @@ class Goose(Drafter):
                 yield chance, ((*path, token)[-ORDER:], after)
 
         grown = Growth((context, 0), children, auto.costs.seconds, auto.costs.floors, room)
-        return planted(context, [path[-1] for path, _ in grown.nodes], grown.parents), grown.reach
+        copies = [node for node, (_, place) in enumerate(grown.nodes) if place > 0]
+        return planted(context, [path[-1] for path, _ in grown.nodes], grown.parents), grown.reach, copies
 
     # The drafter ----------------------------------------------------------------------------------
     def new_table(self) -> RecyclingTable:
@@ -292,16 +366,29 @@ class Goose(Drafter):
             return {"order": ORDER, "contexts": CONTEXTS, "scored": True}
         return {"order": 2 if self.bigrams else 1, "contexts": self.bigrams, "scored": True}
 
-    def start(self, session: Session) -> _State:
+    def start(self, session: Session) -> _State | _Copying:
+        branches: _Branches | None = None
+        own = self.table is None and session.resources.get("table") is None
+        if self.size == "auto" and self.sources == "both" and own:
+            branches = self._branches(session)
+            if not branches.next():
+                return _Copying(_ALONE.start(session), branches)
         table = table_of(session, self.slug, self.table, self.k, **self._form())
         auto = _Auto(session) if self.size == "auto" else None
         reach = max(self.ngrams) if auto is None else RunCounts.LONGEST
         recycler = Recycler(session.batch, table, self.least_score)
         if self.harvest_prompt and self.sources != "spine":
             session.on_prompt = recycler.harvest
-        return _State(recycler, Texts(session, reach), [_Row() for _ in range(session.batch)], auto)
+        return _State(recycler, Texts(session, reach), [_Row() for _ in range(session.batch)], auto, branches)
 
-    def propose(self, session: Session, state: _State, room: int) -> DraftTree:
+    def _branches(self, session: Session) -> _Branches:
+        with _lock:
+            known = _branches.setdefault(session.model, {})
+            return known.setdefault((str(self), session.batch, session.device, session.model.dtype), _Branches())
+
+    def propose(self, session: Session, state: _State | _Copying, room: int) -> DraftTree:
+        if isinstance(state, _Copying):
+            return _ALONE.propose(session, state.copy, room)
         if state.auto is not None:
             state.auto.costs.begin()
         state.texts.update(session)
@@ -351,28 +438,44 @@ class Goose(Drafter):
         if match is not None:
             # One more than can be drafted: it is judged by the target's own token.
             row.chain, row.run = text.copy(match[0], min(room, len(auto.costs.seconds) - 2) + 1), match[1]
-        return self.grow(auto, recycler, tuple(text.ids[-ORDER:].tolist()), row.chain, row.run, room)
+        tree, reach, row.copies = self.grow(auto, recycler, tuple(text.ids[-ORDER:].tolist()), row.chain, row.run, room)
+        return tree, reach
 
     def _candidates(self, recycler: Recycler, context: Context) -> tuple[int, Candidates]:
         return (0, []) if self.sources == "spine" else recycler.candidates(context)
 
-    def observe(self, session: Session, state: _State, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
+    def observe(self, session: Session, state: _State | _Copying, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
+        if isinstance(state, _Copying):
+            assert state.copy.costs is not None
+            state.branches.time(_Branches.COPIES, state.copy.costs)
+            _ALONE.observe(session, state.copy, tree, logits, walk)
+            return
         chosen, counts = walk.tokens.tolist(), walk.counts.tolist()
+        # Tokens of the trees, and tokens and nodes that their spines alone would have had.
+        gained, copied, longest = 0, 0, 1
         with state.recycler.table.lock:
             state.recycler.open(session.vocab)
+            waits = state.recycler.waits
             for number, row in enumerate(state.rows):
-                if not session.alive[number] or not state.recycler.waits:
+                if not session.alive[number] or not waits:
                     continue
                 tokens = chosen[number][: counts[number]]
                 # The tree may have been cut to the room that was left.
                 spine = min(row.spine, tree.shape.deepest)
                 if state.auto is not None:
                     self._count(state.auto, state.recycler, row, state.texts.rows[number], tokens)
+                    nodes = bisect_left(row.copies, tree.shape.size)
+                    gained += len(tokens)
+                    copied += 1 + _agreeing(row.chain[:nodes], tokens[:-1])
+                    longest = max(longest, 1 + nodes)
                 elif spine:
-                    copied = _agreeing(row.chain[:spine], tokens[:-1])
-                    row.rate = self.decay * copied / spine + (1 - self.decay) * row.rate
+                    agreed = _agreeing(row.chain[:spine], tokens[:-1])
+                    row.rate = self.decay * agreed / spine + (1 - self.decay) * row.rate
             if self.sources != "spine":
                 state.recycler.learn(session, tree, logits)
+        if state.branches is not None and state.auto is not None and waits:
+            state.branches.time(_Branches.TREES, state.auto.costs)
+            state.branches.count(state.auto.costs, (gained, tree.shape.size), (copied, longest))
 
     def _count(self, auto: _Auto, recycler: Recycler, row: _Row, text: Text, tokens: Sequence[int]) -> None:
         context = tuple(text.ids[-ORDER:].tolist())
