@@ -446,8 +446,9 @@ class Goose(Drafter):
 
     def observe(self, session: Session, state: _State | _Copying, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
         if isinstance(state, _Copying):
-            assert state.copy.costs is not None
-            state.branches.time(_Branches.COPIES, state.copy.costs)
+            # Without room for drafts nothing was looked up, and no step began.
+            if state.copy.costs is not None and state.copy.runs:
+                state.branches.time(_Branches.COPIES, state.copy.costs)
             _ALONE.observe(session, state.copy, tree, logits, walk)
             return
         chosen, counts = walk.tokens.tolist(), walk.counts.tolist()
