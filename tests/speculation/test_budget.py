@@ -1,10 +1,12 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tokenry.generation import Stats
 from tokenry.speculation import TokenRecycling, budget
 from tokenry.speculation.budget import Growth, StepCosts, _filled, best_size, forward_costs, least_slopes
 
@@ -65,19 +67,21 @@ def test_steps_with_drafts_and_without_are_timed_apart(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(budget, "forward_costs", lambda session: [1.0] * 2 + [1.1] * 4)
     monkeypatch.setattr(budget, "_clock", lambda: now[0])
-    costs = StepCosts(object())
+    session = SimpleNamespace(stats=Stats())
+    costs = StepCosts(session)
     took = {1: 1.5, 4: 3.0}
     beyond = []
-    # The first step reads the prompt; a step that notes no size is not timed.
-    for size, seconds in [(4, 50.0), *[(4, took[4]), (1, took[1]), (0, 70.0)] * 8]:
+    # The first step reads the prompt; a step that notes no size is not timed, nor is one with another pass behind it.
+    for size, seconds, passes in [(4, 50.0, 1), *[(4, took[4], 1), (1, took[1], 1), (0, 70.0, 1), (4, 90.0, 2)] * 8]:
         costs.begin()
         beyond.append(costs.beyond)
         costs.take(size)
         now[0] += seconds
+        session.stats.forwards += passes
     costs.begin()
     assert costs.forward(4) == 1.1
     # Of the step before, if it had drafts.
-    assert beyond[2:5] == [pytest.approx(1.1), None, None]
+    assert beyond[2:6] == [pytest.approx(1.1), None, None, None]
     # Twice a forward at most is held against a size.
     assert costs.seconds == pytest.approx([1.5, 1.5, 2.2, 2.2, 2.2, 2.2])
     assert costs.floors == least_slopes(costs.seconds)
@@ -87,11 +91,13 @@ def test_what_was_not_met_is_taken_for_like_what_was(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(budget, "forward_costs", lambda session: [1.0, 1.0, 2.0])
     monkeypatch.setattr(budget, "_clock", lambda: now[0])
-    costs = StepCosts(object())
+    session = SimpleNamespace(stats=Stats())
+    costs = StepCosts(session)
     for _ in range(10):
         costs.begin()
         costs.take(2)
         now[0] += 0.01
+        session.stats.forwards += 1
     # Steps that took next to nothing do not make others free.
     assert costs.seconds == pytest.approx([0.5, 0.5, 1.0])
 

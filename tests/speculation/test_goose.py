@@ -12,6 +12,7 @@ import torch
 from tests import tiny
 from tokenry.errors import BadParameter
 from tokenry.generation import Options, generate
+from tokenry.kvcache import Sinks
 from tokenry.methods import method
 from tokenry.speculation import PromptLookup, Suffix, budget
 from tokenry.speculation.goose import Goose, _Branches, harmonic_split
@@ -411,8 +412,6 @@ def test_pairs_of_the_root_are_taught_by_chains_and_single_steps_alone():
 
 
 def test_inside_a_policy_that_leaves_no_room_it_drafts_nothing():
-    from tokenry.kvcache import Sinks
-
     model, inputs = tiny.model(), repeating((24,))
     for decoder in (Goose(), Goose(size="auto")):
         with Sinks(budget=16)(model):
@@ -478,7 +477,9 @@ def branched(model, inputs, decoder=None, table=None, **options):
     result = run(model, inputs, decoder or Recorded(size="auto"), table, **options)
     assert torch.equal(result.sequences, run(model, inputs, **options).sequences)
     trees = [parents[0] for _, _, parents in result.stats.extra["trees"]]
-    return any(len(set(parents)) < len(parents) for parents in trees)
+    found = any(len(set(parents)) < len(parents) for parents in trees)
+    assert result.stats.extra.get("branches", True) == found
+    return found
 
 
 @pytest.mark.parametrize("batch", [(24,), (24, 3, 11)], ids=str)
@@ -491,6 +492,20 @@ def test_calls_for_which_branches_do_not_pay_draft_the_copy_alone(batch, monkeyp
     ways += [branched(model, inputs) for _ in range(8)]
     # Both ways once, then the faster one, and every eighth call the other.
     assert ways == [True, *[False] * 7, True, *[True] * 7, False]
+
+
+def test_calls_that_time_nothing_do_not_count():
+    model, inputs = cheap(tiny.model()), repeating((24,))
+    for _ in range(3):
+        assert run(model, inputs, Goose(size="auto"), max_new_tokens=1).stats.extra == {"branches": True}
+        with pytest.raises(BadParameter, match="k=500"):
+            run(model, inputs, Goose(size="auto", k=500))
+    ways = [run(model, inputs, Goose(size="auto")).stats.extra["branches"] for _ in range(2)]
+    assert ways == [True, False]
+    # Nor does what was timed elsewhere.
+    assert run(model, inputs, Goose(size="auto"), do_sample=True, temperature=0.5).stats.extra["branches"]
+    with Sinks(budget=24, compact_every=4)(model):
+        assert run(model, inputs, Goose(size="auto")).stats.extra["branches"]
 
 
 def test_branches_that_were_asked_for_are_always_drafted(monkeypatch, tmp_path):
@@ -537,6 +552,12 @@ def test_branches_pay_when_their_tokens_are_worth_their_time():
     quick.time(_Branches.COPIES, costs(0.1))
     quick.count(costs(1.0), (3, 10), (2, 5))
     assert not quick.pay  # 3 / (2 + 1) against 2 / (1.5 + 0.1)
+    # Forwards were measured as five times what they take: steps do not take less than nothing.
+    busy = _Branches()
+    busy.time(_Branches.TREES, costs(-1.4))
+    busy.time(_Branches.COPIES, costs(-1.5))
+    busy.count(costs(1.0), (3, 10), (2, 1))
+    assert not busy.pay  # 3 / (2 / 2) against 2 / (1.1 / 2)
 
 
 def test_a_hot_table_helps():

@@ -110,10 +110,11 @@ class StepCosts:
 
     def __init__(self, session: Session) -> None:
         self.beyond: float | None = None
+        self._stats = session.stats
         self.seconds = self._forwards = forward_costs(session)
         self.floors = least_slopes(self.seconds)
         self._began = 0.0
-        self._size = self._steps = 0
+        self._size = self._steps = self._passes = 0
         # Without drafts, and with: seconds beyond the forwards', and steps.
         self._beyond = [[0.0, 0], [0.0, 0]]
 
@@ -121,8 +122,9 @@ class StepCosts:
         """Note that a step begins, which ends the one before."""
         now = _clock()
         self.beyond = None
-        # The first step may read the prompt too.
-        if self._steps and self._size:
+        passes = self._stats.forwards
+        # The first step may read the prompt too; steps without room for drafts do not begin here.
+        if self._steps and self._size and passes == self._passes + 1:
             forward = self._forwards[self._size]
             kind = self._beyond[self._size > 1]
             # A hiccup of the machine is not held against one size.
@@ -133,7 +135,7 @@ class StepCosts:
             if self._steps % _PATIENCE == 0:
                 self._look()
         self._steps += self._size > 0
-        self._began, self._size = now, 0
+        self._began, self._size, self._passes = now, 0, passes
 
     def take(self, size: int) -> None:
         """Note how many nodes the step that has begun verifies."""

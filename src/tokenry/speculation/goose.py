@@ -78,14 +78,14 @@ _branches: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], _Branches]] = we
 class _Branches:
     """Whether branches pay in this process: what trees gain a second, against what their spines alone would.
 
-    The first call of a process drafts trees, the second copies alone, so that steps of both kinds are timed. Further
-    calls go the faster way, and every few calls the other, as texts change.
+    The first call of a process drafts trees, the second copies alone, to time steps of both kinds. Further calls go the
+    faster way, and every few calls the other, as texts change. Calls of a single step do not count.
     """
 
     TREES, COPIES = range(2)
 
     def __init__(self) -> None:
-        self._calls = 0
+        self.calls = 0
         # Of the steps that drafted trees, for the trees and for their spines alone: tokens, seconds of forwards, steps.
         self._gains = np.zeros((2, 3))
         # For steps with trees and with copies alone: seconds beyond their forwards, steps.
@@ -93,11 +93,9 @@ class _Branches:
 
     def next(self) -> bool:
         """Whether the call that begins drafts branches."""
-        with _lock:
-            call, self._calls = self._calls, self._calls + 1
-        if call < 2:
-            return call == 0
-        return self.pay != (call % _PROBE == 0)
+        if self.calls < 2:
+            return self.calls == 0
+        return self.pay != (self.calls % _PROBE == 0)
 
     @property
     def pay(self) -> bool:
@@ -105,7 +103,9 @@ class _Branches:
         if not self._gains[0, 2] or not self._beyond[:, 1].all():
             return True
         tokens, forwards, steps = self._gains.T
-        trees, copies = tokens / (forwards + steps * self._beyond[:, 0] / self._beyond[:, 1])
+        seconds = forwards + steps * self._beyond[:, 0] / self._beyond[:, 1]
+        # Forwards that were measured on a busy machine may seem to take longer than whole steps.
+        trees, copies = tokens / np.maximum(seconds, forwards / 2)
         return bool(trees >= copies)
 
     def time(self, way: int, costs: StepCosts) -> None:
@@ -124,20 +124,22 @@ _ALONE = Suffix(longest=RunCounts.LONGEST)
 
 
 @dataclass
-class _Copying:
-    """The state of a call that drafts copies alone, as branches do not pay."""
-
-    copy: CopyState
-    branches: _Branches
-
-
-@dataclass
 class _State:
+    """What a call keeps.
+
+    Attributes:
+        branches: Whether they pay, where that is judged.
+        copying: Instead of the rest, in a call that drafts copies alone.
+        steps: That proposed drafts.
+    """
+
     recycler: Recycler
     texts: Texts
     rows: list[_Row]
     auto: _Auto | None
     branches: _Branches | None
+    copying: CopyState | None
+    steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,29 +368,34 @@ class Goose(Drafter):
             return {"order": ORDER, "contexts": CONTEXTS, "scored": True}
         return {"order": 2 if self.bigrams else 1, "contexts": self.bigrams, "scored": True}
 
-    def start(self, session: Session) -> _State | _Copying:
+    def start(self, session: Session) -> _State:
+        table = table_of(session, self.slug, self.table, self.k, **self._form())
         branches: _Branches | None = None
+        copying: CopyState | None = None
         own = self.table is None and session.resources.get("table") is None
         if self.size == "auto" and self.sources == "both" and own:
             branches = self._branches(session)
-            if not branches.next():
-                return _Copying(_ALONE.start(session), branches)
-        table = table_of(session, self.slug, self.table, self.k, **self._form())
+            session.stats.extra["branches"] = branches.next()
+            copying = None if session.stats.extra["branches"] else _ALONE.start(session)
         auto = _Auto(session) if self.size == "auto" else None
         reach = max(self.ngrams) if auto is None else RunCounts.LONGEST
         recycler = Recycler(session.batch, table, self.least_score)
-        if self.harvest_prompt and self.sources != "spine":
+        if self.harvest_prompt and self.sources != "spine" and copying is None:
             session.on_prompt = recycler.harvest
-        return _State(recycler, Texts(session, reach), [_Row() for _ in range(session.batch)], auto, branches)
+        rows = [_Row() for _ in range(session.batch)]
+        return _State(recycler, Texts(session, reach), rows, auto, branches, copying)
 
     def _branches(self, session: Session) -> _Branches:
+        kind = (str(self), str(session.policy), session.batch, session.device, session.model.dtype, session.do_sample)
         with _lock:
-            known = _branches.setdefault(session.model, {})
-            return known.setdefault((str(self), session.batch, session.device, session.model.dtype), _Branches())
+            return _branches.setdefault(session.model, {}).setdefault(kind, _Branches())
 
-    def propose(self, session: Session, state: _State | _Copying, room: int) -> DraftTree:
-        if isinstance(state, _Copying):
-            return _ALONE.propose(session, state.copy, room)
+    def propose(self, session: Session, state: _State, room: int) -> DraftTree:
+        state.steps += 1
+        if state.branches is not None and state.steps == 2:
+            state.branches.calls += 1
+        if state.copying is not None:
+            return _ALONE.propose(session, state.copying, room)
         if state.auto is not None:
             state.auto.costs.begin()
         state.texts.update(session)
@@ -444,12 +451,12 @@ class Goose(Drafter):
     def _candidates(self, recycler: Recycler, context: Context) -> tuple[int, Candidates]:
         return (0, []) if self.sources == "spine" else recycler.candidates(context)
 
-    def observe(self, session: Session, state: _State | _Copying, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
-        if isinstance(state, _Copying):
+    def observe(self, session: Session, state: _State, tree: DraftTree, logits: Tensor, walk: Walk) -> None:
+        if state.copying is not None:
             # Without room for drafts nothing was looked up, and no step began.
-            if state.copy.costs is not None and state.copy.runs:
-                state.branches.time(_Branches.COPIES, state.copy.costs)
-            _ALONE.observe(session, state.copy, tree, logits, walk)
+            if state.branches is not None and state.copying.costs is not None and state.copying.runs:
+                state.branches.time(_Branches.COPIES, state.copying.costs)
+            _ALONE.observe(session, state.copying, tree, logits, walk)
             return
         chosen, counts = walk.tokens.tolist(), walk.counts.tolist()
         # Tokens of the trees, and tokens and nodes that their spines alone would have had.

@@ -213,9 +213,8 @@ class RecyclingTable:
             ResourceError: It was learned with another vocabulary.
             BadParameter: It keeps more candidates than there are ids.
         """
+        self.fits(vocab)
         if self.ids is None:
-            if self.k > vocab:
-                raise BadParameter(f"k={self.k} is not allowed; k must be at most the model's {vocab} ids")
             rows = vocab + self.contexts
             self.vocab = vocab
             # A table that is first used in inference mode is written outside of it later.
@@ -226,18 +225,21 @@ class RecyclingTable:
                     self.scores = torch.zeros(rows, self.k, dtype=torch.float16, device=device)
                 if self.contexts:
                     self.keys = torch.zeros(self.contexts, dtype=torch.int64, device=device)
-        self.fits(vocab)
         if self.ids.device != device:
             with torch.inference_mode(False):
                 self._set({name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def fits(self, vocab: int) -> None:
-        """Check that a table which was used is one for logits of a width.
+        """Check that the table can be one for logits of a width.
 
         Raises:
             ResourceError: It was learned with another vocabulary.
+            BadParameter: It keeps more candidates than there are ids.
         """
-        if self.vocab != vocab:
+        if self.ids is None:
+            if self.k > vocab:
+                raise BadParameter(f"k={self.k} is not allowed; k must be at most the model's {vocab} ids")
+        elif self.vocab != vocab:
             raise ResourceError(
                 f"the recycling table was learned with {self.vocab} ids and the model has {vocab}; "
                 "use a table of the same model and tokenizer"
@@ -455,7 +457,7 @@ def table_of(
         place = place / TABLE_FILE if place.is_dir() else place
         table = _loaded(os.path.abspath(place), _stamp(place)).copy()
     if table is None:
-        return RecyclingTable(k, order=order, contexts=contexts, scored=scored)
+        table = RecyclingTable(k, order=order, contexts=contexts, scored=scored)
     wanted = {"k": k, "order": order, "contexts": contexts, "scored": scored}
     if not isinstance(table, RecyclingTable):
         raise ResourceError(f"{slug}: the resource 'table' must be a RecyclingTable, not {type(table).__name__}")
@@ -467,7 +469,7 @@ def table_of(
             "method's new_table(), or save one that the method has learned with these options"
         )
     _agree(table, session.resources.get("tokenizer"), slug)
-    if table.vocab and session.vocab_hint():
+    if session.vocab_hint():
         table.fits(session.vocab_hint())
     return table
 
