@@ -18,6 +18,7 @@ import re
 import sys
 import types
 import typing
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from numbers import Integral, Real
@@ -133,7 +134,9 @@ class Parameter:
 
 def parameters(cls: type[Method]) -> dict[str, Parameter]:
     """Return the parameters of a method's class by name, in the order of its fields."""
-    kinds = _kinds(cls)
+    kinds = _kinds.get(cls)
+    if kinds is None:
+        kinds = _kinds[cls] = typing.get_type_hints(cls)
     found = {}
     for field in dataclasses.fields(cls):
         if field.init:
@@ -145,7 +148,7 @@ def parameters(cls: type[Method]) -> dict[str, Parameter]:
 
 
 # Every result names its method, and reading annotations takes a good part of a short forward.
-_kinds: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+_kinds: weakref.WeakKeyDictionary[type[Method], dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 # --- text form ----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from tokenry.evaluation.checks import Ordering, lossless_check, not_slower_check
 from tokenry.evaluation.claims import CLAIMS
 from tokenry.evaluation.metrics import Spread
 from tokenry.evaluation.speculation import automatic
+from tokenry.evaluation.tables import check_cells
 from tokenry.methods import method
 from tokenry.speculation import PromptLookup
 from tokenry.workloads import Example
@@ -215,6 +216,10 @@ def test_not_slower_means_that_the_upper_quartile_reaches_1_on_every_task(measur
     (check,) = not_slower_checks(run, ["prompt-lookup", "absent"])
     assert check.passed == all(run.row("prompt-lookup", task).speed.upper >= 1 for task in TASKS)
     assert check.ratio.count == 2 * len(TASKS)
+    # Two pairs are too few to judge a speed by.
+    shown = asdict(check)
+    assert check_cells(shown)[-1] == "not judged: fewer than 7 pairs"
+    assert check_cells(shown | {"ratio": shown["ratio"] | {"count": 7 * len(TASKS)}})[-1].startswith(("yes", "no"))
     (reference,) = not_slower_checks(run, ["transformers"])
     assert reference.passed and reference.clear and reference.ratio.median == 1
     # Against another method the ratio is taken pair by pair.

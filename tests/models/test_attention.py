@@ -12,6 +12,7 @@ from tests import tiny
 from tokenry.errors import CacheMisuse, UnsupportedModel
 from tokenry.kvcache import H2O
 from tokenry.models import TokenCache, attached
+from tokenry.models.attention import _fused
 from tokenry.models.slots import Block, Slots
 
 
@@ -315,3 +316,20 @@ def test_a_mask_is_packed_once_for_the_layers_that_share_it(groups):
     own = ~shared
     assert torch.equal(block.packed(own, groups, torch.float32) == 0, own.repeat(1, 1, groups, 1))
     assert block.packed(own, groups, torch.float32) is not block.packed(own, groups, torch.float32)
+
+
+@pytest.mark.parametrize("heads", [1, 2], ids=["one mask", "a mask a head"])
+@pytest.mark.parametrize("new", [5, 60])  # fewer and more than there are numbers in the keys and values of a slot
+@pytest.mark.parametrize("groups", [1, 3])
+def test_masked_attention_is_that_of_repeated_heads(groups, new, heads):
+    torch.manual_seed(0)
+    slots = new + 9
+    query = torch.randn(2, 2 * groups, new, 8, dtype=torch.float64)
+    key = torch.randn(2, 2, slots, 8, dtype=torch.float64)
+    value = torch.randn(2, 2, slots, 5, dtype=torch.float64)  # values may be narrower
+    allowed = torch.rand(2, heads, new, slots) > 0.4
+    allowed[..., 0] = True
+    got = _fused(Block(new, None, None, False), query, key, value, allowed, False, 0.3)
+    keys, values, mask = (each.repeat_interleave(2 * groups // each.shape[1], 1) for each in (key, value, allowed))
+    weights = (query @ keys.mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(got, weights @ values)

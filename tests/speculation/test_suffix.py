@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from tests.speculation.test_prompt_lookup import Text
 from tokenry.errors import BadParameter
-from tokenry.generation import Options
+from tokenry.generation import Options, Stats
 from tokenry.methods import method
 from tokenry.speculation import PromptLookup, budget
 from tokenry.speculation.budget import Growth, RunCounts, best_size, least_slopes
@@ -91,7 +91,7 @@ def test_what_is_not_drafted_is_counted_all_the_same():
         tokens, counts = torch.tensor([[3, 1]]), torch.tensor([2])
 
     drafter, session = Suffix(), Text([1, 2, 3, 1, 2])
-    session.model = tiny.model()
+    session.model, session.stats = tiny.model(), Stats()
     _pretend(session.model, [1.0 + 5.0 * n for n in range(82)])
     state = drafter.start(session)
     tree = drafter.propose(session, state, 10)

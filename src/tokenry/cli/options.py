@@ -11,7 +11,7 @@ Model = Annotated[
     str, typer.Option("--model", "-m", metavar="NAME", help="A bundled name, a folder (./x) or a hub id.")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; by default the weights' own.")
+    str | None, typer.Option(metavar="TYPE", help="float32, bfloat16, float16 or float64; by default the weights' own.")
 ]
 Device = Annotated[str | None, typer.Option(metavar="PLACE", help="cpu, cuda or mps; by default cpu.")]
 Seed = Annotated[int, typer.Option(min=-(2**62), max=2**62, help="Seed of workloads and sampling.")]

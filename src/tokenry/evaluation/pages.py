@@ -79,7 +79,9 @@ def write_pages(places: Iterable[str | Path], out: str | Path) -> list[Path]:
         for family, text in pages.items():
             (out / f"{family}.md").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise BadParameter(f"the pages cannot be written to {out}: {error.strerror or error}") from error
+        raise BadParameter(
+            f"the pages cannot be written to {out}: {error.strerror or error}; name a folder that can be written"
+        ) from error
     return [out / f"{family}.md" for family in pages]
 
 
@@ -109,10 +111,13 @@ def _read(place: Path) -> list[_File]:
         found = [_read_file(path) for path in sorted(place.glob("*.json"))]
         return [file for file in found if file is not None]
     if not place.is_file():
-        raise BadParameter(f"no result file or folder at {str(place)!r}")
+        raise BadParameter(f"no result file or folder at {str(place)!r}; name one that `--json FILE` wrote")
     file = _read_file(place)
     if file is None:
-        raise BadParameter(f"{place} is no result of `tokenry compare`, `tokenry choose` or `tokenry bench`")
+        raise BadParameter(
+            f"{place} is no result of `tokenry compare`, `tokenry choose` or `tokenry bench`; name a file that "
+            "their `--json FILE` wrote"
+        )
     return [file]
 
 
@@ -121,7 +126,7 @@ def _read_file(path: Path) -> _File | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadParameter(f"cannot read {path} as JSON: {error}") from error
+        raise BadParameter(f"cannot read {path} as JSON: {error}; name a file that `--json FILE` wrote") from error
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind not in ("comparison", "speculation", "drafters", "decoding", "kvcache", "choice"):
         return None

@@ -119,11 +119,17 @@ def _fused(
     groups = heads // key.shape[1]
     if allowed is None and (causal or groups == 1):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
+    # On a CPU keys and values are repeated where they are smaller than the mask; elsewhere that is another kernel.
+    smaller = groups > 1 and new > 2 * dim * key.shape[1] and query.device.type == "cpu"
+    if allowed is not None and allowed.shape[1] == 1 and smaller:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=block.packed(allowed, 1, query.dtype), scale=scaling, enable_gqa=True
+        )
     # The query heads of a group attend to the same keys: as further rows of one head they need no repeated keys.
     packed = query.reshape(batch, heads // groups, groups * new, dim)
     mask = None if allowed is None else block.packed(allowed, groups, query.dtype)
     output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return output.view(batch, heads, new, dim)
+    return output.view(batch, heads, new, -1)
 
 
 def mask(*, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any) -> Tensor | None:
