@@ -63,43 +63,52 @@ def test_costs_are_measured_once():
     assert run() == 2
 
 
-def test_steps_with_drafts_and_without_are_timed_apart(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(budget, "forward_costs", lambda session: [1.0] * 2 + [1.1] * 4)
+class _Model:
+    dtype = torch.float32
+
+
+def _timed(monkeypatch, forwards, steps):
+    """Costs after steps `(size, seconds, passes)`, and what `last` was when each began."""
+    now, last = [0.0], []
+    monkeypatch.setattr(budget, "forward_costs", lambda session: forwards)
     monkeypatch.setattr(budget, "_clock", lambda: now[0])
-    session = SimpleNamespace(stats=Stats())
+    session = SimpleNamespace(stats=Stats(), model=_Model(), batch=1, device=torch.device("cpu"))
     costs = StepCosts(session)
-    took = {1: 1.5, 4: 3.0}
-    beyond = []
-    # The first step reads the prompt; a step that notes no size is not timed, nor is one with another pass behind it.
-    for size, seconds, passes in [(4, 50.0, 1), *[(4, took[4], 1), (1, took[1], 1), (0, 70.0, 1), (4, 90.0, 2)] * 8]:
+    for size, seconds, passes in [*steps, (0, 0.0, 1)]:
         costs.begin()
-        beyond.append(costs.beyond)
+        last.append(costs.last)
         costs.take(size)
         now[0] += seconds
         session.stats.forwards += passes
-    costs.begin()
-    assert costs.forward(4) == 1.1
+    # The next call begins with what this one learned.
+    assert StepCosts(session).seconds == costs.seconds
+    return costs, last
+
+
+def test_steps_tell_how_sizes_stand_to_each_other(monkeypatch):
+    forwards = [1.0, 1.0, 2.0, 3.0, 4.0]
+    # The first step reads the prompt; a step that notes no size is not timed, nor is one with another pass behind it.
+    steps = [(4, 50.0, 1), *[(4, 3.0, 1), (1, 1.5, 1), (0, 70.0, 1), (2, 90.0, 2)] * 200]
+    costs, last = _timed(monkeypatch, forwards, steps)
+    assert costs.forward(4) == 4.0
     # Of the step before, if it had drafts.
-    assert beyond[2:6] == [pytest.approx(1.1), None, None, None]
-    # Twice a forward at most is held against a size.
-    assert costs.seconds == pytest.approx([1.5, 1.5, 2.2, 2.2, 2.2, 2.2])
-    assert costs.floors == least_slopes(costs.seconds)
+    assert last[2:6] == [(3.0, 4.0), None, None, None]
+    assert costs.seconds[4] / costs.seconds[1] == pytest.approx(2.0, rel=0.1)
+    assert costs.seconds == sorted(costs.seconds) and costs.floors == least_slopes(costs.seconds)
 
 
-def test_what_was_not_met_is_taken_for_like_what_was(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(budget, "forward_costs", lambda session: [1.0, 1.0, 2.0])
-    monkeypatch.setattr(budget, "_clock", lambda: now[0])
-    session = SimpleNamespace(stats=Stats())
-    costs = StepCosts(session)
-    for _ in range(10):
-        costs.begin()
-        costs.take(2)
-        now[0] += 0.01
-        session.stats.forwards += 1
-    # Steps that took next to nothing do not make others free.
-    assert costs.seconds == pytest.approx([0.5, 0.5, 1.0])
+def test_what_all_sizes_have_in_common_changes_nothing(monkeypatch):
+    for pace in (0.01, 1.5, 5.0):
+        forwards = [1.0, 1.0, 2.0, 3.0, 4.0]
+        costs, _ = _timed(monkeypatch, forwards, [(size, pace * forwards[size], 1) for size in (1, 2, 3, 4)] * 20)
+        assert costs.seconds == pytest.approx(forwards)
+
+
+def test_a_hiccup_is_not_held_against_one_size(monkeypatch):
+    forwards = [1.0, 1.0, 2.0, 3.0, 4.0]
+    steps = [(size, forwards[size], 1) for size in (1, 2, 3, 4)] * 20
+    costs, _ = _timed(monkeypatch, forwards, [*steps, (2, 500.0, 1), *steps])
+    assert costs.seconds == pytest.approx(forwards, rel=0.15)
 
 
 def _short():

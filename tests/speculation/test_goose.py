@@ -532,32 +532,27 @@ def test_a_call_that_copies_alone_drafts_as_suffix_does():
 
 
 def test_branches_pay_when_their_tokens_are_worth_their_time():
-    def costs(beyond):
-        return SimpleNamespace(beyond=beyond, forward=lambda nodes: 1 + nodes / 10)
+    def costs(*last):
+        return SimpleNamespace(last=last or None, forward=lambda nodes: 1 + nodes / 10)
 
     branches = _Branches()
     assert branches.pay  # nothing is known
-    branches.time(_Branches.TREES, costs(1.0))
-    branches.count(costs(1.0), (3, 10), (2, 5))
+    branches.time(_Branches.TREES, costs(3.0, 2.0))
+    branches.count(costs(), (3, 10), (2, 5))
     assert branches.pay  # steps that copy alone were not timed
-    branches.time(_Branches.COPIES, costs(None))
+    branches.time(_Branches.COPIES, costs())
     assert branches.pay  # nor is one that had no drafts
-    branches.time(_Branches.COPIES, costs(1.0))
-    assert branches.pay  # 3 / (2 + 1) against 2 / (1.5 + 1)
-    for _ in range(20):
-        branches.count(costs(1.0), (2, 10), (2, 5))
-    assert not branches.pay
-    quick = _Branches()
-    quick.time(_Branches.TREES, costs(1.0))
-    quick.time(_Branches.COPIES, costs(0.1))
-    quick.count(costs(1.0), (3, 10), (2, 5))
-    assert not quick.pay  # 3 / (2 + 1) against 2 / (1.5 + 0.1)
-    # Forwards were measured as five times what they take: steps do not take less than nothing.
+    branches.time(_Branches.COPIES, costs(1.5, 1.5))
+    assert not branches.pay  # 3 / (2 * 1.5) against 2 / 1.5
+    for _ in range(3):
+        branches.count(costs(), (9, 10), (2, 5))
+    assert branches.pay
+    # Forwards were measured on a busy machine, as three times what they take now.
     busy = _Branches()
-    busy.time(_Branches.TREES, costs(-1.4))
-    busy.time(_Branches.COPIES, costs(-1.5))
-    busy.count(costs(1.0), (3, 10), (2, 1))
-    assert not busy.pay  # 3 / (2 / 2) against 2 / (1.1 / 2)
+    busy.time(_Branches.TREES, costs(0.6, 2.0))
+    busy.time(_Branches.COPIES, costs(0.5, 1.5))
+    busy.count(costs(), (3, 10), (2, 1))
+    assert not busy.pay  # 3 / (2 * 0.3) against 2 / (1.1 / 3)
 
 
 def test_a_hot_table_helps():

@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -21,10 +22,11 @@ _SIZES = (1, 2, 3, 4, 8, 12, 15, 16, 24, 31, 32, 48, 64, 81)
 _ROUNDS = 7
 # Tokens in the cache behind which a forward is measured.
 _CACHED = 64
-# Steps between two looks at what they take.
-_PATIENCE = 8
+# Steps between two looks at what they take; steps that a measured forward counts for, and as many as are remembered.
+_PATIENCE, _TRUST, _MEMORY = 8, 4.0, 64.0
 _clock = time.perf_counter
 _costs: weakref.WeakKeyDictionary[object, dict[tuple[object, ...], list[float]]] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[object, dict[tuple[object, ...], _Learned]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -98,42 +100,80 @@ def best_size(reaches: Sequence[Sequence[float]], costs: Sequence[float]) -> int
     return best
 
 
+class _Learned:
+    """What whole steps took in this process, beside their forwards as measured.
+
+    Few forwards are measured, with nothing else between them and perhaps while the machine was busy, so sizes stand to
+    each other a little otherwise than in steps. What all sizes have in common changes no choice and is left out: the
+    machine's speed, which drifts.
+    """
+
+    def __init__(self, forwards: Sequence[float]) -> None:
+        self.forwards = forwards
+        last = len(forwards) - 1
+        self._sizes = [*(size for size in _SIZES if size < last), last]
+        self._ratios, self._steps = np.ones(len(self._sizes)), np.full(len(self._sizes), _TRUST)
+        self._pace: float | None = None
+        self._look()
+
+    def _look(self) -> None:
+        ratios = np.interp(np.arange(len(self.forwards)), self._sizes, self._ratios)
+        # No size costs more than a larger one.
+        self.seconds = np.maximum.accumulate(np.asarray(self.forwards) * ratios).tolist()
+        self.floors = least_slopes(self.seconds)
+
+    def add(self, size: int, seconds: float) -> None:
+        """Count what a step took that verified so many nodes."""
+        error = seconds / self.seconds[size]
+        self._pace = error if self._pace is None else self._pace + (error - self._pace) / _PATIENCE
+        # A hiccup of the machine is not held against one size.
+        error = min(max(error / self._pace, 0.5), 2.0)
+        right = max(bisect_left(self._sizes, size), 1)
+        low, high = self._sizes[right - 1], self._sizes[right]
+        share = (size - low) / (high - low)
+        for node, weight in ((right - 1, 1 - share), (right, share)):
+            self._steps[node] = min(self._steps[node] + weight, _MEMORY)
+            self._ratios[node] *= 1 + weight * (error - 1) / self._steps[node]
+
+    def look(self) -> None:
+        """Take what was counted into account."""
+        with _lock:
+            self._look()
+
+
 class StepCosts:
-    """What the steps of a call cost: their forwards as they were measured, and what whole steps took beyond that, apart
-    for steps with drafts and without.
+    """What the steps of a call cost: forwards as they were measured, corrected by what steps took in this process.
 
     Attributes:
         seconds: Of a step by the nodes of its tree, 1 being no drafts.
         floors: `least_slopes` of them.
-        beyond: Seconds that the step before took beyond its forward; None if it had no drafts or was not timed.
+        last: Seconds that the step before took, and of a forward of its size as it was measured; None if it was not
+            timed or had no drafts.
     """
 
     def __init__(self, session: Session) -> None:
-        self.beyond: float | None = None
+        self.last: tuple[float, float] | None = None
         self._stats = session.stats
-        self.seconds = self._forwards = forward_costs(session)
-        self.floors = least_slopes(self.seconds)
+        self._forwards = forward_costs(session)
+        self._learned = _learned_of(session, self._forwards)
+        self.seconds, self.floors = self._learned.seconds, self._learned.floors
         self._began = 0.0
         self._size = self._steps = self._passes = 0
-        # Without drafts, and with: seconds beyond the forwards', and steps.
-        self._beyond = [[0.0, 0], [0.0, 0]]
 
     def begin(self) -> None:
         """Note that a step begins, which ends the one before."""
         now = _clock()
-        self.beyond = None
+        self.last = None
         passes = self._stats.forwards
         # The first step may read the prompt too; steps without room for drafts do not begin here.
         if self._steps and self._size and passes == self._passes + 1:
-            forward = self._forwards[self._size]
-            kind = self._beyond[self._size > 1]
-            # A hiccup of the machine is not held against one size.
-            beyond = min(max(now - self._began - forward, -forward), forward)
-            kind[0] += beyond
-            kind[1] += 1
-            self.beyond = beyond if self._size > 1 else None
+            took = now - self._began
+            self.last = (took, self._forwards[self._size]) if self._size > 1 else None
+            if took > 0:
+                self._learned.add(self._size, took)
             if self._steps % _PATIENCE == 0:
-                self._look()
+                self._learned.look()
+                self.seconds, self.floors = self._learned.seconds, self._learned.floors
         self._steps += self._size > 0
         self._began, self._size, self._passes = now, 0, passes
 
@@ -145,15 +185,14 @@ class StepCosts:
         """Seconds of a forward over the anchor and drafts, `size` nodes together, as it was measured."""
         return self._forwards[size]
 
-    def _look(self) -> None:
-        # A kind that was not met yet is taken for like the other.
-        known = [seconds / steps for seconds, steps in self._beyond if steps]
-        plain, drafted = known if len(known) == 2 else known * 2
-        forwards = np.asarray(self._forwards)
-        seconds = forwards + np.where(np.arange(len(forwards)) < 2, plain, drafted)
-        # However short steps were, more nodes do not take less, and none takes next to nothing.
-        self.seconds = np.maximum.accumulate(np.maximum(seconds, forwards / 2)).tolist()
-        self.floors = least_slopes(self.seconds)
+
+def _learned_of(session: Session, forwards: Sequence[float]) -> _Learned:
+    key = (session.batch, session.device, session.model.dtype)
+    with _lock:
+        known = _steps.setdefault(session.model, {})
+        if key not in known or known[key].forwards is not forwards:
+            known[key] = _Learned(forwards)
+        return known[key]
 
 
 class Counts:

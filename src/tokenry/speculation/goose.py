@@ -86,10 +86,10 @@ class _Branches:
 
     def __init__(self) -> None:
         self.calls = 0
-        # Of the steps that drafted trees, for the trees and for their spines alone: tokens, seconds of forwards, steps.
-        self._gains = np.zeros((2, 3))
-        # For steps with trees and with copies alone: seconds beyond their forwards, steps.
-        self._beyond = np.zeros((2, 2))
+        # Of the steps that drafted trees, for the trees and for their spines alone: tokens, seconds of forwards.
+        self._gains = np.zeros((2, 2))
+        # Of steps with trees and with copies alone: seconds that they took, and of their forwards as measured.
+        self._taken = np.zeros((2, 2))
 
     def next(self) -> bool:
         """Whether the call that begins drafts branches."""
@@ -100,22 +100,22 @@ class _Branches:
     @property
     def pay(self) -> bool:
         """Whether trees are the faster way, as far as is known."""
-        if not self._gains[0, 2] or not self._beyond[:, 1].all():
+        if not self._gains.all() or not self._taken.all():
             return True
-        tokens, forwards, steps = self._gains.T
-        seconds = forwards + steps * self._beyond[:, 0] / self._beyond[:, 1]
-        # Forwards that were measured on a busy machine may seem to take longer than whole steps.
-        trees, copies = tokens / np.maximum(seconds, forwards / 2)
+        tokens, forwards = self._gains.T
+        # Forwards may have been measured on a busy machine: whole steps take so many times as long.
+        paces = self._taken[:, 0] / self._taken[:, 1]
+        trees, copies = tokens / (forwards * paces)
         return bool(trees >= copies)
 
     def time(self, way: int, costs: StepCosts) -> None:
         """Count what the step before took."""
-        if costs.beyond is not None:
-            self._beyond[way] = self._beyond[way] * _MEMORY + (costs.beyond, 1)
+        if costs.last is not None:
+            self._taken[way] = self._taken[way] * _MEMORY + costs.last
 
     def count(self, costs: StepCosts, tree: tuple[int, int], spine: tuple[int, int]) -> None:
         """Count a step with trees: tokens and nodes, of the trees and of their spines alone."""
-        own = [[tokens, costs.forward(nodes), 1] for tokens, nodes in (tree, spine)]
+        own = [[tokens, costs.forward(nodes)] for tokens, nodes in (tree, spine)]
         self._gains = self._gains * _MEMORY + own
 
 
