@@ -107,8 +107,12 @@ def test_what_all_sizes_have_in_common_changes_nothing(monkeypatch):
 def test_a_hiccup_is_not_held_against_one_size(monkeypatch):
     forwards = [1.0, 1.0, 2.0, 3.0, 4.0]
     steps = [(size, forwards[size], 1) for size in (1, 2, 3, 4)] * 20
-    costs, _ = _timed(monkeypatch, forwards, [*steps, (2, 500.0, 1), *steps])
+    costs, last = _timed(monkeypatch, forwards, [*steps, (2, 500.0, 1), *steps])
     assert costs.seconds == pytest.approx(forwards, rel=0.15)
+    assert max(took for took, _ in filter(None, last)) < 5
+    # Nor is one before the pace is known.
+    costs, _ = _timed(monkeypatch, forwards, [(1, 1.0, 1), (2, 500.0, 1), *steps, *steps])
+    assert [each / costs.seconds[1] for each in costs.seconds] == pytest.approx(forwards, rel=0.05)
 
 
 def _short():

@@ -122,18 +122,25 @@ class _Learned:
         self.seconds = np.maximum.accumulate(np.asarray(self.forwards) * ratios).tolist()
         self.floors = least_slopes(self.seconds)
 
-    def add(self, size: int, seconds: float) -> None:
-        """Count what a step took that verified so many nodes."""
+    def add(self, size: int, seconds: float) -> float:
+        """Count what a step took that verified so many nodes; return it without a hiccup of the machine."""
         error = seconds / self.seconds[size]
-        self._pace = error if self._pace is None else self._pace + (error - self._pace) / _PATIENCE
-        # A hiccup of the machine is not held against one size.
-        error = min(max(error / self._pace, 0.5), 2.0)
+        pace = error if self._pace is None else self._pace
+        error = min(error, 2 * pace)
+        self._pace = pace + (error - pace) / _PATIENCE
+        relative = error / self._pace
+        # So far off, it is the pace that is not known yet.
+        if relative > 0.5:
+            self._correct(size, relative)
+        return error * self.seconds[size]
+
+    def _correct(self, size: int, relative: float) -> None:
         right = max(bisect_left(self._sizes, size), 1)
         low, high = self._sizes[right - 1], self._sizes[right]
         share = (size - low) / (high - low)
         for node, weight in ((right - 1, 1 - share), (right, share)):
             self._steps[node] = min(self._steps[node] + weight, _MEMORY)
-            self._ratios[node] *= 1 + weight * (error - 1) / self._steps[node]
+            self._ratios[node] *= 1 + weight * (relative - 1) / self._steps[node]
 
     def look(self) -> None:
         """Take what was counted into account."""
@@ -167,10 +174,10 @@ class StepCosts:
         passes = self._stats.forwards
         # The first step may read the prompt too; steps without room for drafts do not begin here.
         if self._steps and self._size and passes == self._passes + 1:
-            took = now - self._began
-            self.last = (took, self._forwards[self._size]) if self._size > 1 else None
-            if took > 0:
-                self._learned.add(self._size, took)
+            # A clock may stand still.
+            if now > self._began:
+                took = self._learned.add(self._size, now - self._began)
+                self.last = (took, self._forwards[self._size]) if self._size > 1 else None
             if self._steps % _PATIENCE == 0:
                 self._learned.look()
                 self.seconds, self.floors = self._learned.seconds, self._learned.floors
