@@ -3,6 +3,7 @@ that is no terminal, in a worker process too."""
 
 import pytest
 
+from tokenry.models import packing
 from tokenry.speculation import budget, sizing
 
 
@@ -15,7 +16,7 @@ def wide(monkeypatch):
 @pytest.fixture(autouse=True)
 def steady(monkeypatch):
     """Automatic sizes follow what forwards take, which on a busy machine is anything. A forward takes a second here and
-    each token a hundredth more; tests that are about time set their own."""
+    each token a hundredth more, and packed weights pay; tests that are about time set their own."""
     measure = budget._seconds
 
     def seconds(session, cache, cached, size):
@@ -23,5 +24,6 @@ def steady(monkeypatch):
         return 1 + size / 100
 
     monkeypatch.setattr(budget, "_seconds", seconds)
+    monkeypatch.setattr(packing, "_pay", lambda maps: True)
     for module in (budget, sizing):
         monkeypatch.setattr(module, "_clock", lambda: 0.0)

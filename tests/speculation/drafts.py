@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests import tiny
 from tests.speculation.toys import Ended, Scripted
 from tokenry.generation import Options
+from tokenry.speculation import budget
 from tokenry.speculation.companion import Companion
 
 
@@ -21,6 +22,17 @@ def run(model: Any, inputs: dict[str, torch.Tensor], decoder: Any = None, draft:
     if decoder is not None:
         options |= {"custom_generate": decoder, "tokenry_options": Options(seed=seed, resources=resources)}
     return model.generate(**inputs, **options)
+
+
+def costing(model: PreTrainedModel, slope: float, *batches: int) -> PreTrainedModel:
+    """The model, of which a pass over n tokens of each row of a batch is taken to cost `1 + slope * n`."""
+    costs = [1.0 + slope * n for n in range(82)]
+    budget._costs[model] = {
+        (batch, model.device, model.dtype, packed, budget._SIZES): costs
+        for batch in batches or (1,)
+        for packed in (True, False)
+    }
+    return model
 
 
 def near(kind: str = "llama", scale: float = 0.02, dtype: torch.dtype = torch.float64) -> PreTrainedModel:

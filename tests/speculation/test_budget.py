@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.speculation.drafts import costing
 from tokenry.generation import Stats
 from tokenry.speculation import TokenRecycling, budget
 from tokenry.speculation.budget import Growth, StepCosts, _filled, best_size, forward_costs, least_slopes
@@ -147,14 +148,9 @@ def test_a_costly_forward_gets_a_small_tree_and_a_flat_one_the_whole():
     model, inputs = tiny.model(), tiny.prompts((6,))
     drafted = {}
     for slope in (0.0, 1.0):
-        _pretend(model, [1.0 + slope * n for n in range(82)])
+        costing(model, slope)
         result = model.generate(
             **inputs, max_new_tokens=30, custom_generate=TokenRecycling(template="auto"), return_dict_in_generate=True
         )
         drafted[slope] = result.stats.drafted / result.stats.steps
     assert drafted[1.0] < 2 < 20 < drafted[0.0]
-
-
-def _pretend(model, costs):
-    budget._costs[model] = {(1, model.device, model.dtype, budget._SIZES): costs}
-    assert forward_costs(type("S", (), {"model": model, "batch": 1, "device": torch.device("cpu")})) == costs

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.speculation.drafts import costing
 from tokenry.errors import BadParameter
 from tokenry.generation import Options, generate
 from tokenry.kvcache import Sinks
 from tokenry.methods import method
-from tokenry.speculation import PromptLookup, Suffix, budget
+from tokenry.speculation import PromptLookup, Suffix
 from tokenry.speculation.goose import Goose, _Branches, harmonic_split
 from tokenry.speculation.recycling import Tree
 from tokenry.speculation.sources import Text
@@ -455,11 +456,9 @@ def test_a_chain_alone_is_no_longer_than_a_tree_may_be():
     assert max(sizes) == 6
 
 
-def cheap(model, slope=0.0):
-    """The model, for which a pass over more tokens costs hardly more; so trees do not hang on the machine."""
-    costs = [1.0 + slope * n for n in range(82)]
-    budget._costs[model] = {(batch, model.device, model.dtype, budget._SIZES): costs for batch in (1, 3)}
-    return model
+def cheap(model):
+    """The model, for which a pass over more tokens costs nothing more; so trees do not hang on the machine."""
+    return costing(model, 0.0, 1, 3)
 
 
 def test_the_measured_size_follows_the_cost_of_a_forward():
@@ -467,7 +466,7 @@ def test_the_measured_size_follows_the_cost_of_a_forward():
     drafted = {}
     for slope in (0.0, 1.0):
         # A new model each: a second call of one process drafts copies alone.
-        stats = run(cheap(tiny.model(), slope), inputs, Goose(size="auto")).stats
+        stats = run(costing(tiny.model(), slope), inputs, Goose(size="auto")).stats
         drafted[slope] = stats.drafted / stats.steps
     assert drafted[1.0] < 4 < 20 < drafted[0.0]
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.speculation.drafts import costing
 from tests.speculation.test_prompt_lookup import Text
 from tokenry.errors import BadParameter
 from tokenry.generation import Options, Stats
 from tokenry.methods import method
-from tokenry.speculation import PromptLookup, budget
+from tokenry.speculation import PromptLookup
 from tokenry.speculation.budget import Growth, RunCounts, best_size, least_slopes
 from tokenry.speculation.suffix import Suffix
 
@@ -56,16 +57,12 @@ def test_rows_draft_on_their_own():
 def test_greedy_is_lossless(options, lengths):
     model, inputs = tiny.model(dtype=torch.float64), tiny.prompts(lengths)
     inputs["input_ids"][:, 8:] = inputs["input_ids"][:, 8:] % 5 + 3
-    _pretend(model, [1.0 + 0.02 * n for n in range(82)], len(lengths))
+    costing(model, 0.02, len(lengths))
     for stops in ({}, {"eos_token_id": [5, 9], "pad_token_id": 0}):
         settings = {"max_new_tokens": 40, "do_sample": False} | stops
         ours = model.generate(**inputs, **settings, custom_generate=Suffix(**options), return_dict_in_generate=True)
         assert torch.equal(ours.sequences, model.generate(**inputs, **settings))
         assert stops or ours.stats.accepted > 0
-
-
-def _pretend(model, costs, batch=1):
-    budget._costs[model] = {(batch, model.device, model.dtype, budget._SIZES): costs}
 
 
 @pytest.mark.parametrize("cls", [Suffix, PromptLookup])
@@ -74,7 +71,7 @@ def test_the_measured_length_follows_the_cost_of_a_forward(cls):
     inputs["input_ids"] = inputs["input_ids"] % 4 + 3
     counts = {}
     for slope in (0.0, 0.05, 5.0):
-        _pretend(model, [1.0 + slope * n for n in range(82)])
+        costing(model, slope)
         stats = model.generate(
             **inputs, max_new_tokens=40, do_sample=False, custom_generate=cls(tokens="auto"),
             return_dict_in_generate=True,
@@ -91,8 +88,7 @@ def test_what_is_not_drafted_is_counted_all_the_same():
         tokens, counts = torch.tensor([[3, 1]]), torch.tensor([2])
 
     drafter, session = Suffix(), Text([1, 2, 3, 1, 2])
-    session.model, session.stats = tiny.model(), Stats()
-    _pretend(session.model, [1.0 + 5.0 * n for n in range(82)])
+    session.model, session.stats = costing(tiny.model(), 5.0), Stats()
     state = drafter.start(session)
     tree = drafter.propose(session, state, 10)
     assert tree.tokens.tolist() == [[2]]

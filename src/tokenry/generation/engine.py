@@ -75,6 +75,10 @@ class Decoder(Method, ABC):
         """Make the state of one call, before the prefill."""
         return None
 
+    def around(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+        """What a call runs in."""
+        return attached(model)
+
     @abstractmethod
     def step(self, session: Session, state: Any) -> Commit:
         """Return the next tokens of every unfinished row, at least one each."""
@@ -122,7 +126,7 @@ class Decoder(Method, ABC):
         if mask is not None or positions is not None:
             covered = mask.shape[1] if mask is not None else positions.shape[-1]  # type: ignore[union-attr]
         arguments = (mask, covered, logits_processor, stopping_criteria, generation_config, options)
-        with contextlib.nullcontext() if native else attached(model):
+        with contextlib.nullcontext() if native else self.around(model):
             if native:
                 session: Session = NativeSession(model, prompt, given, *arguments)
                 session.prepare(None if positions is None else positions.to(model.device))  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tokenry.generation.engine import Session
-from tokenry.models import TokenCache, context_length
+from tokenry.models import TokenCache, context_length, is_packed
 
 # Kernels may change where the rows reach a power of two, and a pass then costs much more, or less, than one row before.
 _SIZES = (1, 2, 3, 4, 8, 12, 15, 16, 24, 31, 32, 48, 64, 81)
@@ -42,7 +42,7 @@ def forward_costs(session: Session, sizes: Sequence[int] = _SIZES) -> list[float
     longest = context_length(model)
     if longest is not None and longest < sizes[-1]:
         sizes = (*(size for size in sizes if size < longest), longest)
-    key = (session.batch, session.device, model.dtype, tuple(sizes))
+    key = (session.batch, session.device, model.dtype, is_packed(model), tuple(sizes))
     with _lock:
         known = _costs.setdefault(model, {})
         if key not in known:
@@ -194,7 +194,7 @@ class StepCosts:
 
 
 def _learned_of(session: Session, forwards: Sequence[float]) -> _Learned:
-    key = (session.batch, session.device, session.model.dtype)
+    key = (session.batch, session.device, session.model.dtype, is_packed(session.model))
     with _lock:
         known = _steps.setdefault(session.model, {})
         if key not in known or known[key].forwards is not forwards:

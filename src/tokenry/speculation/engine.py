@@ -8,20 +8,23 @@ recursive rejection without replacement 2402.14160 and 2402.12374.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tokenry.generation.auxiliary import Auxiliary
 from tokenry.generation.engine import Commit, Decoder, Session
 from tokenry.generation.plain import plain_step
 from tokenry.generation.result import Source
+from tokenry.models import packed
 from tokenry.sampling import probabilities
 
 __all__ = ["Auxiliary", "DraftTree", "Drafter", "TreeShape", "Walk", "rejection"]
@@ -175,9 +178,19 @@ class Drafter(Decoder):
     Output is that of plain decoding, token for token (greedy) or in distribution (sampling), whatever is proposed.
     A method gives `propose`, and `observe` if it learns; `start` and `Session.on_prompt` are for what it keeps, and
     `beside` for rows of its own in the verify pass.
+
+    Attributes:
+        packed: Whether float32 weights on a CPU are packed for verify passes, which takes up to 1 GiB more memory while
+            the model lives; see `tokenry.models.packed`.
     """
 
     drafts: ClassVar[bool] = True
+    packed: bool = True
+
+    @contextlib.contextmanager
+    def around(self, model: PreTrainedModel) -> Iterator[None]:
+        with super().around(model), packed(model) if self.packed else contextlib.nullcontext():
+            yield
 
     @abstractmethod
     def propose(self, session: Session, state: Any, room: int) -> DraftTree:
