@@ -1,7 +1,9 @@
 """Linear maps over packed weights: what they give, when they serve, and that nothing is left behind."""
 
 import copy
+import pickle
 import threading
+import types
 
 import pytest
 import torch
@@ -114,6 +116,21 @@ def test_nothing_is_left_after_an_error_and_after_nested_blocks():
     assert [each.__dict__.keys() for each in maps(model)] == [each.keys() for each in before]
 
 
+def test_an_interrupt_while_a_block_is_entered_leaves_nothing(monkeypatch):
+    model = tiny.model()
+    last = maps(model)[-1]
+
+    def interrupted(function, linear):
+        if linear is last:
+            raise KeyboardInterrupt
+        return types.MethodType(function, linear)
+
+    monkeypatch.setattr(packing, "types", types.SimpleNamespace(MethodType=interrupted))
+    with pytest.raises(KeyboardInterrupt), packed(model):
+        pass
+    assert not is_packed(model) and "forward" not in maps(model)[0].__dict__
+
+
 def test_threads_share_the_packed_weights():
     model = tiny.model()
     linear, _ = some(model)
@@ -138,14 +155,19 @@ def test_threads_share_the_packed_weights():
     assert not is_packed(model) and "forward" not in linear.__dict__
 
 
-def test_a_copy_made_inside_runs_on_its_own_weights():
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_runs_on_its_own_weights(duplicate, products):
     model = tiny.model()
     linear, _ = some(model)
     with torch.no_grad(), packed(model):
-        twin = copy.deepcopy(linear)
-        twin.weight.zero_()
-        assert not bool(twin(inputs(linear, 3)).any())
+        twin = duplicate(model)
+        own, _ = some(twin)
+        own.weight.zero_()
+        assert not bool(own(inputs(linear, 3)).any()) and products == []
         assert bool(linear(inputs(linear, 3)).any())
+        with packed(twin):
+            assert not bool(own(inputs(linear, 3)).any()) and len(products) == 2
+    assert "forward" not in own.__dict__
 
 
 def test_what_cannot_or_need_not_be_packed_is_left_alone(monkeypatch):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 __all__ = ["is_packed", "packed"]
 
-# Rows from which on the usual kernel serves: one row is multiplied where the weight stands, many are worth the layout.
+# Rows that packed weights serve: one is multiplied where the weight stands, and many are worth the layout.
 _FEW, _MANY = 2, 128
 # Bytes of packed weights a model may take.
 _MOST_BYTES = 1 << 30
@@ -32,7 +32,7 @@ _ROWS, _ROUNDS, _TIMED_BYTES = 8, 5, 64 << 20
 
 _lock = threading.RLock()
 _packs: weakref.WeakKeyDictionary[nn.Linear, _Pack] = weakref.WeakKeyDictionary()
-_users: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+_blocks: weakref.WeakKeyDictionary[PreTrainedModel, _Blocks] = weakref.WeakKeyDictionary()
 _pays: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 
@@ -49,6 +49,32 @@ class _Pack:
     digest: Tensor
 
 
+class _Blocks:
+    """The blocks that a model is in.
+
+    Attributes:
+        maps: Maps that run packed.
+        count: How many blocks there are.
+    """
+
+    def __init__(self, maps: Sequence[nn.Linear]) -> None:
+        self.maps, self.count = maps, 0
+
+    def enter(self) -> None:
+        self.count += 1
+        if self.count == 1:
+            for each in self.maps:
+                each.forward = types.MethodType(forward, each)  # type: ignore[method-assign]
+
+    def leave(self) -> bool:
+        """Leave a block; whether it was the last."""
+        self.count -= 1
+        if self.count == 0:
+            for each in self.maps:
+                each.__dict__.pop("forward", None)
+        return self.count == 0
+
+
 @contextlib.contextmanager
 def packed(model: PreTrainedModel) -> Iterator[None]:
     """Run the linear maps of `model` over packed weights inside the block, where they are fed 2 to 128 rows without
@@ -58,50 +84,42 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
     packed weights take no more than 1 GiB. They are kept as long as the model lives, and made anew where its weights
     have changed. Outputs differ from the model's own by rounding, as those of passes over other numbers of rows do.
     """
-    maps = _maps(model)
-    if not maps:
-        yield
-        return
-    with _lock:
-        if model not in _pays:
-            _pays[model] = _pay(maps)
-        if _pays[model]:
-            for each in maps:
-                _pack(each)
-            _users[model] = _users.get(model, 0) + 1
-            if _users[model] == 1:
-                for each in maps:
-                    each.forward = types.MethodType(_forward, each)  # type: ignore[method-assign]
-        pays = _pays[model]
+    maps, blocks = _maps(model), None
     try:
+        with _lock:
+            if maps and model not in _pays:
+                _pays[model] = _pay(maps)
+            if maps and _pays[model]:
+                for each in maps:
+                    _pack(each)
+                blocks = _blocks.setdefault(model, _Blocks(maps))
+                blocks.enter()
         yield
     finally:
-        if pays:
+        if blocks is not None:
             with _lock:
-                _users[model] -= 1
-                if not _users[model]:
-                    del _users[model]
-                    for each in maps:
-                        each.__dict__.pop("forward", None)
+                if blocks.leave():
+                    del _blocks[model]
 
 
 def is_packed(model: PreTrainedModel) -> bool:
     """Whether the model is inside a block that takes effect."""
-    return model in _users
+    return model in _blocks
 
 
 def _maps(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear maps that can run packed; none where torch lacks the kernel or the packed weights are too large."""
-    if _kernels() is None:
+    if _kernels() is None or not torch.backends.mkldnn.enabled:
         return []
     maps = [module for module in model.modules() if type(module) is nn.Linear and _can_pack(module)]
     return maps if sum(each.weight.nbytes for each in maps) <= _MOST_BYTES else []
 
 
 def _can_pack(linear: nn.Linear) -> bool:
-    weight, forward = linear.weight, linear.__dict__.get("forward")
-    # A forward that something else has put in place, such as a hook that offloads, is left to it.
-    ours = forward is None or getattr(forward, "__func__", None) is _forward
+    weight, placed = linear.weight, linear.__dict__.get("forward")
+    # A forward that something else has put in place, such as a hook that offloads, is left to it. Copies of a model
+    # that was inside a block carry ours, or where they were pickled, the class's.
+    ours = placed is None or getattr(placed, "__func__", None) in (forward, nn.Linear.forward)
     plain = weight.layout is torch.strided and weight.is_contiguous() and weight.numel() > 0
     return ours and plain and weight.device.type == "cpu" and weight.dtype is torch.float32
 
@@ -131,7 +149,8 @@ def _pack(linear: nn.Linear) -> None:
         _packs[linear] = _Pack(kernels[0](weight, _ROWS), digest)
 
 
-def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+def forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """The forward of a map inside a block; it bears the name of what it stands for, by which models are pickled."""
     pack = _packs.get(self)
     few = _FEW <= input.numel() // max(input.shape[-1], 1) <= _MANY
     exact = input.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -152,13 +171,13 @@ def _pay(maps: Sequence[nn.Linear]) -> bool:
     for each in timed:
         _pack(each)
     inputs = [each.weight.new_ones(_ROWS, each.in_features) for each in timed]
-    seconds: dict[Callable[..., Tensor], list[float]] = {nn.Linear.forward: [], _forward: []}
+    seconds: dict[Callable[..., Tensor], list[float]] = {nn.Linear.forward: [], forward: []}
     with torch.no_grad():
         for _ in range(1 + _ROUNDS):  # the first pays for allocations
-            for forward, times in seconds.items():
+            for multiply, times in seconds.items():
                 start = time.perf_counter()
                 for each, rows in zip(timed, inputs, strict=True):
-                    forward(each, rows)
+                    multiply(each, rows)
                 times.append(time.perf_counter() - start)
     usual, ours = (statistics.median(times[1:]) for times in seconds.values())
     if ours < usual:
