@@ -1,7 +1,7 @@
 """Linear maps over weights that were packed once, for passes over a few rows on a CPU.
 
-A product in float32 lays its weight out anew for the kernel in every call, which takes longer than the product itself
-where the rows are few, as in a verify pass. oneDNN multiplies with a weight that stands in its layout already.
+A product in float32 lays its weight out anew for the kernel in every call, at a cost that few rows, as in a verify pass,
+do not make up for. oneDNN multiplies with a weight that stands in its layout already.
 """
 
 from __future__ import annotations
