@@ -1,6 +1,6 @@
 """Linear maps over weights that were packed once, for passes over a few rows on a CPU.
 
-A product in float32 lays its weight out anew for the kernel in every call, at a cost that few rows, as in a verify pass,
+A product in float32 lays its weight out anew for the kernel in every call, at a cost that the few rows of a verify pass
 do not make up for. oneDNN multiplies with a weight that stands in its layout already.
 """
 
